@@ -1,0 +1,2425 @@
+"""ASNN-Goose: recurrent language models with ternary spike activations, distilled from a transformer.
+
+Contents
+    1  Configuration   GooseConfig, Recipe, RECIPES, get_recipe, Profile, PROFILES, select_profile
+    2  Spikes          ternary_spike, SpikeStatistics, TernarySpike
+    3  Recurrence      recurrence_reference, recurrence_chunked, recurrence_step, recurrence_cumsum
+    4  Model           GooseState, TimeMix, GooseBlock, GooseModel, GooseForCausalLM
+    5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, Distiller
+    6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
+    7  Training        FitConfig, EarlyStopping, fit, train_teacher, evaluate, spike_density
+    11 Artefacts       environment, Run, runs, run_checks, results_table, model_card
+
+Glossary
+    B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
+    F feed-forward width (4D); alpha threshold multiplier, theta threshold = alpha * mean|x|, amplitude spike
+    height, density share of non-zero spikes, tau distillation temperature, lambda gradient-reversal strength,
+    w decay in (0, 1), S recurrent state, gap = student PPL / teacher PPL on the same tokens.
+
+Papers
+    [1] Peng et al. 2023, RWKV: Reinventing RNNs for the Transformer Era, arXiv 2305.13048
+    [2] Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, arXiv 1308.3432
+    [3] Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531
+    [4] Li et al. 2023, Curriculum Temperature for Knowledge Distillation (CTKD), arXiv 2211.16231
+    [5] Gong et al. 2025, Beyond Logits: Aligning Feature Dynamics (FDD), ACL 2025, 2025.acl-long.1125
+    [6] Kornblith et al. 2019, Similarity of Neural Network Representations Revisited (CKA), arXiv 1905.00414
+    [7] Song et al. 2012, Feature Selection via Dependence Maximization (unbiased HSIC), JMLR 13
+    [8] Nguyen et al. 2021, Do Wide and Deep Networks Learn the Same Things? (minibatch CKA), arXiv 2010.15327
+    [9] Li et al. 2017, Ternary Weight Networks (threshold proportional to mean|x|), arXiv 1605.04711
+"""
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:  # the name before transformers 5.1
+    from transformers import PretrainedConfig as PreTrainedConfig
+
+__version__ = "14.3.0"
+
+
+# ======================================================================================================
+# 1  Configuration
+# ======================================================================================================
+
+ESTIMATORS = ("identity", "normalised", "clipped")
+THRESHOLDS = ("token", "channel", "mixed")
+GRANULARITIES = ("scalar", "channel")
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """Raises ValueError with one sentence that names the field, its value and what is allowed."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
+
+
+def reject_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raises ValueError that lists what exists when `given` has a name outside `known`."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{owner} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}.")
+
+
+def import_optional(name: str) -> Any:
+    """Imports a library where it is used. Written so, and not as an import statement, because the loader of
+    `trust_remote_code` demands every library that a model file imports, even those that only training needs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise ImportError(f"{package} is needed here and is not installed: pip install {package}.") from error
+
+
+def spike_levels(kind: str) -> int:
+    """Events a unit can fire per token: 1 for binary and ternary, k for 'integer:k', 0 for dense.
+
+    Raises ValueError for any other kind.
+    """
+    allowed = "dense, binary, ternary, integer:k with k from 1 to 127"
+    if kind in ("dense", "binary", "ternary"):
+        return 0 if kind == "dense" else 1
+    name, _, count = str(kind).partition(":")
+    require(name == "integer" and count.isdigit() and 1 <= int(count) <= 127, "spike_kind", kind, allowed)
+    return int(count)
+
+
+class GooseConfig(PreTrainedConfig):
+    """Architecture and spikes of a Goose student. Unknown keys are rejected.
+
+    `decay_init` and `mix_init` are `spread` (ours) or `published` (every decay 0.378; the last layer blind to the
+    current token), `recurrence` is `chunked`, `reference` or `cumsum` (the founders' formula, inexact),
+    `output_order` is `gate_first`, W_o(r * S), or `project_first`, r * W_o(S).
+    """
+
+    model_type = "goose"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer",
+                     "max_position_embeddings": "n_positions"}
+    keys_to_ignore_at_inference = ["state"]
+    _auto_class = "AutoConfig"
+
+    def __init__(self, vocab_size: int = 50257, d_model: int = 768, n_layer: int = 5, n_positions: int = 1024,
+                 ffn_width: int | None = None, activation: str = "silu", layer_norm_epsilon: float = 1e-5,
+                 initializer_range: float = 0.02, state_kind: str = "vector", recurrence: str = "chunked",
+                 decay_init: str = "spread", mix_init: str = "spread", output_order: str = "gate_first",
+                 spike_kind: str = "ternary", spike_sites: tuple[str, ...] = ("k", "v"), threshold: str = "token",
+                 granularity: str = "scalar", alpha_init: float = 1.0, amplitude_init: float = 1.0,
+                 estimator: str = "clipped", use_cache: bool = True, tie_word_embeddings: bool = True, **kwargs):
+        for name, value in (("vocab_size", vocab_size), ("d_model", d_model), ("n_layer", n_layer),
+                            ("n_positions", n_positions)):
+            require(isinstance(value, int) and value >= 1, name, value, "a whole number from 1")
+        require(ffn_width is None or ffn_width >= 1, "ffn_width", ffn_width, "None (4 * d_model) or a number from 1")
+        for name, value, allowed in (("state_kind", state_kind, ("vector",)),
+                                     ("recurrence", recurrence, ("chunked", "reference", "cumsum")),
+                                     ("decay_init", decay_init, ("spread", "published")),
+                                     ("mix_init", mix_init, ("spread", "published")),
+                                     ("output_order", output_order, ("gate_first", "project_first")),
+                                     ("threshold", threshold, THRESHOLDS),
+                                     ("granularity", granularity, GRANULARITIES),
+                                     ("estimator", estimator, ESTIMATORS)):
+            require(value in allowed, name, value, ", ".join(allowed))
+        require(tuple(spike_sites) == ("k", "v"), "spike_sites", spike_sites, "('k', 'v')")
+        spike_levels(spike_kind)
+        require(alpha_init > 0, "alpha_init", alpha_init, "a number above 0")
+        require(amplitude_init > 0, "amplitude_init", amplitude_init, "a number above 0")
+        base = {name for name in dir(PreTrainedConfig) if not name.startswith("__")}
+        # What the library itself writes into config.json passes; a misspelt field of ours does not.
+        library = base | set(PreTrainedConfig().to_dict()) | {"auto_map", "torch_dtype", "attn_implementation"}
+        reject_unknown((key for key in kwargs if not key.startswith("_") and key not in library),
+                       ["vocab_size", "d_model", "n_layer", "n_positions", "ffn_width", "activation",
+                        "layer_norm_epsilon", "initializer_range", "state_kind", "recurrence", "decay_init",
+                        "mix_init", "output_order", "spike_kind", "spike_sites", "threshold", "granularity",
+                        "alpha_init", "amplitude_init", "estimator", "use_cache", "tie_word_embeddings"],
+                       "GooseConfig")
+        self.vocab_size = vocab_size
+        self.d_model = d_model
+        self.n_layer = n_layer
+        self.n_positions = n_positions
+        self.ffn_width = ffn_width or 4 * d_model
+        self.activation = activation
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.initializer_range = initializer_range
+        self.state_kind = state_kind
+        self.recurrence = recurrence
+        self.decay_init = decay_init
+        self.mix_init = mix_init
+        self.output_order = output_order
+        self.spike_kind = spike_kind
+        self.spike_sites = list(spike_sites)
+        self.threshold = threshold
+        self.granularity = granularity
+        self.alpha_init = alpha_init
+        self.amplitude_init = amplitude_init
+        self.estimator = estimator
+        self.use_cache = use_cache
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a distillation run, as data. Values not given are those of the published v14.3.
+
+    `inferred` names the fields whose value was not published and is taken from the nearest published version.
+    `published_ppl` is the founders' PPL on WikiText-2 raw with 256-token windows. Steps count optimiser steps;
+    `patience`, `fdd_start` and `eval_every` are in steps. Raises ValueError for a value outside what is allowed.
+    """
+
+    name: str
+    changed: str
+    outcome: str = ""
+    published_ppl: float | None = None
+    inferred: tuple[str, ...] = ()
+    # student
+    d_model: int = 768
+    n_layer: int = 5
+    activation: str = "silu"
+    recurrence: str = "chunked"
+    decay_init: str = "published"
+    mix_init: str = "published"
+    output_order: str = "gate_first"
+    spike_kind: str = "ternary"
+    threshold: str = "token"
+    granularity: str = "scalar"
+    alpha_init: float = 1.0
+    amplitude_init: float = 1.0
+    estimator: str = "identity"
+    # teacher
+    teacher: str = "gpt2"
+    embeddings_from_teacher: bool = False
+    # objective
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: str = "bounded"
+    gradient_reversal: bool = True
+    tau: float = 2.0
+    tau_min: float = 1.0
+    tau_max: float = 5.0
+    lambda_max: float = 1.0
+    lambda_warmup_ratio: float = 0.25
+    hidden_weight: float = 0.0
+    variance_penalty: float = 0.0
+    fdd: str = "none"
+    fdd_weight: float = 0.001
+    fdd_start: int = 500
+    fdd_max_regression: float = 0.10
+    layer_map: tuple[tuple[int, int], ...] = ((0, 2), (2, 7), (4, 11))
+    curriculum: str = "none"
+    # optimisation
+    distill_steps: int = 5000
+    lr: float = 2e-4
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.1
+    batch_size: int = 8
+    grad_accum: int = 1
+    seq_len: int = 256
+    clip: float = 1.0
+    patience: int = 800
+    min_delta: float = 0.5
+    eval_every: int = 300
+    seed: int = 42
+
+    def __post_init__(self):
+        for name, allowed in (("temperature", ("fixed", "bounded", "paper", "staged")),
+                              ("fdd", ("none", "cka_delta", "logit_lens")), ("curriculum", ("none", "pocl"))):
+            require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
+        for name in ("d_model", "n_layer", "distill_steps", "batch_size", "grad_accum", "seq_len", "eval_every"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"Recipe.{name}", value, "a whole number from 1")
+        for name in ("lr", "clip", "tau", "tau_min", "alpha_init", "amplitude_init"):
+            require(getattr(self, name) > 0, f"Recipe.{name}", getattr(self, name), "a number above 0")
+        for name in ("warmup_ratio", "lambda_warmup_ratio", "lambda_max"):
+            require(0 <= getattr(self, name) <= 1, f"Recipe.{name}", getattr(self, name), "a number in [0, 1]")
+        for name in ("kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
+                     "min_delta"):
+            require(getattr(self, name) >= 0, f"Recipe.{name}", getattr(self, name), "a number from 0")
+        require(self.temperature not in ("bounded", "paper") or self.tau_min < self.tau < self.tau_max,
+                "Recipe.tau", self.tau, f"between tau_min {self.tau_min} and tau_max {self.tau_max}, exclusive")
+
+    def replace(self, **overrides: Any) -> Recipe:
+        """A copy with other values. Raises ValueError for a name that is no field, listing those that are."""
+        reject_unknown(overrides, (item.name for item in dataclasses.fields(self)), "Recipe")
+        if "layer_map" in overrides:
+            pairs = overrides["layer_map"]
+            overrides["layer_map"] = tuple(sorted((int(s), int(t)) for s, t in
+                                                  (pairs.items() if isinstance(pairs, dict) else pairs)))
+        return dataclasses.replace(self, **overrides)
+
+    def student_config(self, vocab_size: int, **overrides: Any) -> GooseConfig:
+        """The student's architecture for a teacher with `vocab_size` tokens."""
+        names = ("d_model", "n_layer", "activation", "recurrence", "decay_init", "mix_init", "output_order",
+                 "spike_kind", "threshold", "granularity", "alpha_init", "amplitude_init", "estimator")
+        values = {"vocab_size": vocab_size, "n_positions": self.seq_len, **{n: getattr(self, n) for n in names}}
+        return GooseConfig(**{**values, **overrides})
+
+
+def _history() -> dict[str, Recipe]:
+    """The recipes, each written as what it changed against the one before it. Where a value was not published,
+    `inferred` says so. The history replays the published initialisations and estimator, faults included; v14.3 is
+    the same recipe with the faults repaired, and v14.3-published keeps them for comparison."""
+    unpublished = ("weight_decay", "warmup_ratio", "clip", "seq_len")
+    v4 = Recipe("v4", "first ternary activations; cumsum recurrence; untrained dense Goose teacher", "works at small "
+                "scale", None, unpublished + ("patience", "min_delta", "seed"), d_model=256, n_layer=4, batch_size=16,
+                lr=3e-4, distill_steps=1000, eval_every=100, recurrence="cumsum", output_order="project_first",
+                teacher="untrained-goose", embeddings_from_teacher=True, temperature="fixed", tau=2.0)
+    v6 = v4.replace(name="v6", changed="first GPT-2 distillation", outcome="baseline", published_ppl=627.0,
+                    recurrence="chunked", output_order="gate_first", teacher="gpt2", embeddings_from_teacher=False,
+                    inferred=unpublished + ("d_model", "n_layer", "batch_size", "lr", "distill_steps", "eval_every",
+                                            "recurrence", "output_order", "tau", "embeddings_from_teacher"))
+    v7 = v6.replace(name="v7", changed="hidden-state alignment, weight 1.0", published_ppl=1655.0,
+                    outcome="failed: alignment drowned the KL", hidden_weight=1.0, d_model=320, n_layer=5,
+                    batch_size=8, distill_steps=3000, eval_every=300)
+    v8 = v7.replace(name="v8", changed="safe defaults", outcome="fixed", published_ppl=559.0, hidden_weight=0.0)
+    v9 = v8.replace(name="v9", changed="D=320, 5 layers, 22M, lr 3e-4, 3000 steps", outcome="baseline",
+                    published_ppl=542.0, inferred=unpublished + ("batch_size", "eval_every", "tau"))
+    v10 = v9.replace(name="v10", published_ppl=514.5)
+    v11 = v10.replace(name="v11", changed="per-channel alpha and amplitude with variance penalty 0.01",
+                      outcome="penalty froze learning", published_ppl=512.67, granularity="channel",
+                      variance_penalty=0.01)
+    v11_1 = v11.replace(name="v11.1", changed="v11 without the penalty", published_ppl=512.04, variance_penalty=0.0,
+                        outcome="k and v amplitudes stayed identical (symmetric init and gradients)")
+    v12 = v10.replace(name="v12", changed="learnable tau without gradient reversal", outcome="tau ran away to 10",
+                      published_ppl=1000.0, temperature="bounded", gradient_reversal=False, tau_min=0.1, tau_max=10.0,
+                      inferred=v10.inferred + ("tau_min", "tau_max"))
+    v12_1 = v10.replace(name="v12.1", changed="CTKD with gradient reversal, tau in [1, 5], warm-up 0.2",
+                        outcome="tau 2.0 -> 1.58", published_ppl=445.61, temperature="bounded",
+                        lambda_warmup_ratio=0.2)
+    v13 = v12_1.replace(name="v13", changed="POCL curriculum: easy 33 % first, tau 1.0 -> 1.5 -> 2.0",
+                        outcome="catastrophic forgetting", published_ppl=1126.0, curriculum="pocl",
+                        temperature="staged")
+    v13_1 = v12_1.replace(name="v13.1", changed="v12.1, 5000 steps", outcome="longer helps", published_ppl=434.44,
+                          distill_steps=5000)
+    v14 = v13_1.replace(name="v14", changed="+ FDD (CKA)", outcome="small gain; FDD loss 0.791 -> 0.777",
+                        published_ppl=424.81, fdd="cka_delta")
+    v14_1 = v14.replace(name="v14.1", changed="D=512, 42M, lr 3e-4", outcome="capacity mattered",
+                        published_ppl=321.48, d_model=512)
+    # 165M at D=1024 with a tied head is nine layers; the number of layers itself was not published.
+    v14_2 = v14.replace(name="v14.2", changed="D=1024, 165M, lr 3e-4, lambda warm-up 0.2, patience 500",
+                        outcome="under-trained, collapsed", published_ppl=330.89, d_model=1024, n_layer=9,
+                        patience=500, layer_map=((0, 2), (4, 7), (8, 11)),
+                        inferred=v14.inferred + ("n_layer", "layer_map"))
+    published = Recipe("v14.3-published", "D=768, lr 2e-4, warm-up 0.25, patience 800", "best", 306.89,
+                       fdd="cka_delta", embeddings_from_teacher=True)
+    v14_3 = published.replace(
+        name="v14.3", changed="the published recipe with its faults repaired: decays spread over sigmoid(0.5..6), "
+        "token-shift mixes in [0.5, 1], an estimator that reaches theta, unbiased CKA", decay_init="spread",
+        mix_init="spread", estimator="clipped", inferred=("decay_init", "mix_init", "estimator"))
+    return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
+                                v14_3, published)}
+
+
+RECIPES: dict[str, Recipe] = _history()
+
+
+def get_recipe(name: str, **overrides: Any) -> Recipe:
+    """The recipe called `name` with fields replaced. Raises ValueError for an unknown name or field, listing what
+    exists."""
+    require(name in RECIPES, "recipe", name, ", ".join(RECIPES))
+    return RECIPES[name].replace(**overrides)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How large a run is: corpus, teacher and the recipe fields that change with it.
+
+    `corpus` and `teacher` are what `load_corpus` and `load_teacher` accept; teacher `train` trains one of the
+    `teacher_*` shape here. `recipe` holds overrides of Recipe fields as pairs. `eval_windows` bounds the evaluation
+    inside training; results are always computed on whole splits unless `final_windows` is set.
+    """
+
+    name: str
+    description: str
+    corpus: str = "pydocs"
+    corpus_chars: int | None = None
+    teacher: str = "train"
+    vocab_size: int = 4096
+    teacher_layers: int = 6
+    teacher_width: int = 256
+    teacher_heads: int = 4
+    teacher_steps: int = 1200
+    teacher_lr: float = 2e-3
+    teacher_batch_size: int = 8
+    recipe: tuple[tuple[str, Any], ...] = ()
+    eval_windows: int = 64
+    final_windows: int | None = None
+
+    def replace(self, **overrides: Any) -> Profile:
+        """A copy with other values. Raises ValueError for a name that is no field."""
+        reject_unknown(overrides, (item.name for item in dataclasses.fields(self)), "Profile")
+        return dataclasses.replace(self, **overrides)
+
+    def scale(self, recipe: Recipe, **overrides: Any) -> Recipe:
+        """The recipe at this profile's size; `overrides` win over both.
+
+        Fields counted in steps shrink with `distill_steps`, and the layer map is spread over the new depths.
+        """
+        given = {**dict(self.recipe), **overrides}
+        ratio = given.get("distill_steps", recipe.distill_steps) / recipe.distill_steps
+        for name in ("fdd_start", "patience", "eval_every"):
+            given.setdefault(name, max(1, round(getattr(recipe, name) * ratio)))
+        n_layer = given.get("n_layer", recipe.n_layer)
+        if self.teacher == "train" or n_layer != recipe.n_layer:
+            teacher_layers = self.teacher_layers if self.teacher in ("train", "ref") else 12
+            given.setdefault("layer_map", spread_layer_map(n_layer, teacher_layers))
+        return recipe.replace(**given)
+
+
+def spread_layer_map(n_layer: int, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+    """First, middle and last student layer to the teacher layers where 1/5, 3/5 and all of its depth are done;
+    for 5 and 12 layers that is the published {0: 2, 2: 7, 4: 11}. Layers are counted from 0."""
+    students = sorted({0, (n_layer - 1) // 2, n_layer - 1})
+    return tuple((s, min(teacher_layers - 1, math.ceil((s + 1) * teacher_layers / n_layer - 1e-9) - 1))
+                 for s in students)
+
+
+_SMALL = (("d_model", 256), ("n_layer", 3), ("lr", 1e-3), ("distill_steps", 600), ("batch_size", 8), ("seq_len", 256),
+          ("eval_every", 100), ("embeddings_from_teacher", True))
+
+PROFILES: dict[str, Profile] = {p.name: p for p in (
+    Profile("tiny", "seconds; for continuous integration", corpus_chars=400_000, vocab_size=512, teacher_layers=2,
+            teacher_width=64, teacher_heads=2, teacher_steps=40, teacher_lr=3e-3, eval_windows=8, final_windows=16,
+            recipe=(("d_model", 64), ("n_layer", 2), ("lr", 2e-3), ("distill_steps", 30), ("batch_size", 8),
+                    ("seq_len", 64), ("eval_every", 10), ("fdd_start", 10), ("patience", 30),
+                    ("embeddings_from_teacher", True))),
+    Profile("cpu", "minutes; the default without a GPU", recipe=_SMALL),
+    Profile("ref", "the reference task: a frozen teacher and corpus in the folder that ASNN_REF names",
+            corpus="ref", teacher="ref", recipe=_SMALL),
+    Profile("t4", "the published size; one 16 GB GPU", corpus="wikitext-2", teacher="gpt2", vocab_size=50257,
+            teacher_layers=12, teacher_width=768, teacher_heads=12),
+)}
+
+
+def select_profile(name: str | None = None) -> tuple[Profile, str]:
+    """(profile, reason): `name` if given, else ASNN_PROFILE, else `t4` with a usable GPU and `cpu` without.
+
+    Raises ValueError for a name that does not exist.
+    """
+    for source, value in (("asked for", name), ("ASNN_PROFILE", os.environ.get("ASNN_PROFILE"))):
+        if value:
+            require(value in PROFILES, f"profile ({source})", value, ", ".join(PROFILES))
+            return PROFILES[value], f"profile {value}: {source}"
+    device, reason = select_device()
+    chosen = "t4" if device.type == "cuda" else "cpu"
+    return PROFILES[chosen], f"profile {chosen}: {reason}"
+
+
+def select_device() -> tuple[torch.device, str]:
+    """(device, reason): the first CUDA device on which an operation really runs, else the CPU.
+
+    Some images carry no kernels for older cards (a P100 under a build for sm_70 and later), which only shows when
+    something runs; the reason then says what to press.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "no CUDA device"
+    name = torch.cuda.get_device_name(0)
+    try:
+        torch.ones(8, device="cuda").mul_(2).sum().item()
+    except RuntimeError as error:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+        return torch.device("cpu"), (f"{name} ({arch}) has no kernels in this torch build "
+                                     f"({', '.join(torch.cuda.get_arch_list())}): {str(error).splitlines()[0]}; on "
+                                     "Kaggle choose Settings > Accelerator > GPU T4 x2")
+    return torch.device("cuda"), f"{name}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+
+
+def select_precision(device: torch.device, asked: str = "auto") -> tuple[str, str]:
+    """(precision, reason) with precision `fp16`, `bf16` or `no` (fp32), in the names of accelerate.
+
+    bf16 needs compute capability 8.0 on a GPU (`torch.cuda.is_bf16_supported` says True on a T4, where it is
+    emulated and slow) and AVX512-BF16 or AMX on an x86 CPU.
+    """
+    allowed = ("auto", "fp32", "fp16", "bf16")
+    require(asked in allowed, "precision", asked, ", ".join(allowed))
+    if asked != "auto":
+        return {"fp32": "no"}.get(asked, asked), f"{asked}: asked for"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return "bf16", f"bf16: compute capability {major}.{minor} is at least 8.0"
+        return "fp16", f"fp16 with a GradScaler: compute capability {major}.{minor} is below 8.0"
+    flags = _cpu_bf16_flags()
+    return ("bf16", f"bf16: the CPU has {', '.join(flags)}") if flags else ("no", "fp32: the CPU has no bf16 units")
+
+
+def _cpu_bf16_flags() -> list[str]:
+    names = ("avx512_bf16", "amx_bf16")
+    if hasattr(torch.cpu, "get_capabilities"):
+        return [name for name in names if torch.cpu.get_capabilities().get(name)]
+    with contextlib.suppress(OSError):  # torch before 2.11
+        flags = Path("/proc/cpuinfo").read_text().split()
+        return [name for name in names if name in flags]
+    return []
+
+
+# ======================================================================================================
+# 2  Spikes
+# ======================================================================================================
+
+
+class _TernarySpikeFunction(torch.autograd.Function):
+    """Forward: exact event counts. Backward: a straight-through estimator (see `ternary_spike`)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, theta: Tensor, levels: int, binary: bool, estimator: str, width: float) -> Tensor:
+        ctx.save_for_backward(x, theta)
+        ctx.levels, ctx.binary, ctx.estimator, ctx.width = levels, binary, estimator, width
+        value, threshold = x.float(), theta.float()
+        magnitude = value if binary else value.abs()
+        count = (magnitude > threshold).to(x.dtype)
+        for level in range(2, levels + 1):
+            count += (magnitude > level * threshold).to(x.dtype)
+        return count if binary else count * torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, theta = ctx.saved_tensors
+        if ctx.estimator == "identity":
+            return grad, None, None, None, None, None
+        value, threshold, upstream = x.float(), theta.float().clamp_min(1e-12), grad.float()
+        if ctx.estimator == "normalised":
+            # The chord through (0, 0) and (reach, levels): scale-free, never zero.
+            slope = ctx.levels / ((ctx.levels + 1) * threshold)
+            grad_x = upstream * slope
+            grad_theta = -grad_x * value / threshold
+        else:
+            scale = ctx.width * threshold
+            grad_x = torch.zeros_like(value)
+            grad_theta = torch.zeros_like(value)
+            for level in range(1, ctx.levels + 1):
+                for side in (1.0,) if ctx.binary else (1.0, -1.0):
+                    # A spike appears where side * x crosses level * theta; the step's derivative is replaced by
+                    # that of a sigmoid of this scale around the crossing.
+                    gate = torch.sigmoid((side * value - level * threshold) / scale)
+                    window = gate * (1 - gate) / scale
+                    grad_x += window
+                    grad_theta -= side * level * window
+            grad_x, grad_theta = grad_x * upstream, grad_theta * upstream
+        return (grad_x.to(x.dtype), grad_theta.sum_to_size(theta.shape).to(theta.dtype), None, None, None, None)
+
+
+def ternary_spike(x: Tensor, theta: Tensor, estimator: str = "clipped", levels: int = 1, binary: bool = False,
+                  width: float = 0.5) -> Tensor:
+    """Spikes of x: sign(x) times the number of thresholds theta, 2 theta, ..., levels*theta that |x| exceeds.
+
+    With levels = 1 that is exactly {-1, 0, +1}; `binary` fires only upwards, {0, 1}.
+
+    Args:
+        x: (..., D) pre-activation.
+        theta: threshold >= 0, broadcastable to x.
+        estimator: gradient that replaces the derivative of the steps [2]. `identity` is the published one: dx = 1
+            and theta gets no gradient, so that alpha never learns; it is kept for comparison only. `normalised`:
+            the chord levels / ((levels + 1) * theta), for x and theta. `clipped`: a sigmoid window of scale
+            width * theta around each threshold, for x and theta.
+    Returns:
+        (..., D) integers in the dtype of x.
+    """
+    require(estimator in ESTIMATORS, "estimator", estimator, ", ".join(ESTIMATORS))
+    return _TernarySpikeFunction.apply(x, theta, levels, binary, estimator, width)
+
+
+class SpikeStatistics(NamedTuple):
+    """Running sum of |x| per channel and the tokens in it: what a causal channel threshold has to remember."""
+
+    total: Tensor  # (B, D) fp32
+    count: Tensor  # (B, 1) fp32
+
+
+class TernarySpike(nn.Module):
+    """amplitude * spikes(x), with theta = alpha * mean|x| [9].
+
+    The mean is over the channels of one token (`token`), over one channel's tokens so far (`channel`), or the
+    geometric mean of both (`mixed`). The channel mean starts as PRIOR tokens' worth of the token mean, so that the
+    first tokens can fire, and sees neither the future nor other sequences. alpha and amplitude are one scalar or one
+    per channel. `dense` returns amplitude * x: the twin without spikes.
+    """
+
+    PRIOR = 4.0
+
+    def __init__(self, d_model: int, kind: str = "ternary", threshold: str = "token", granularity: str = "scalar",
+                 alpha_init: float = 1.0, amplitude_init: float = 1.0, estimator: str = "clipped"):
+        super().__init__()
+        require(threshold in THRESHOLDS, "threshold", threshold, ", ".join(THRESHOLDS))
+        require(granularity in GRANULARITIES, "granularity", granularity, ", ".join(GRANULARITIES))
+        require(estimator in ESTIMATORS, "estimator", estimator, ", ".join(ESTIMATORS))
+        self.levels = spike_levels(kind)
+        self.kind, self.threshold, self.estimator = kind, threshold, estimator
+        self.alpha_init, self.amplitude_init = alpha_init, amplitude_init
+        size = d_model if granularity == "channel" else 1
+        self.alpha = nn.Parameter(torch.full((size,), float(alpha_init)))
+        self.amplitude = nn.Parameter(torch.full((size,), float(amplitude_init)))
+
+    def theta(self, x: Tensor, mask: Tensor | None = None,
+              past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
+        """Threshold of x (B, T, D), broadcastable to it, in fp32, and the statistics after its last token."""
+        magnitude = x.detach().float().abs()
+        token_mean = magnitude.mean(-1, keepdim=True)  # (B, T, 1)
+        alpha = self.alpha.float().abs()  # reflected at zero: a threshold is not negative
+        if self.threshold == "token":
+            return alpha * token_mean, None
+        if mask is not None:
+            magnitude = magnitude * mask.unsqueeze(-1)  # (B, T, D)
+        weight = torch.ones_like(token_mean) if mask is None else mask.unsqueeze(-1).float()  # (B, T, 1)
+        total, count = magnitude.cumsum(1), weight.cumsum(1)
+        if past is not None:
+            total, count = total + past.total.unsqueeze(1), count + past.count.unsqueeze(1)
+        channel_mean = (self.PRIOR * token_mean + total) / (self.PRIOR + count)  # (B, T, D)
+        mean = channel_mean if self.threshold == "channel" else (channel_mean * token_mean).sqrt()
+        return alpha * mean, SpikeStatistics(total[:, -1], count[:, -1])
+
+    def encode(self, x: Tensor, mask: Tensor | None = None,
+               past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
+        """Spikes of x (B, T, D) without their height, and the statistics after its last token."""
+        if self.kind == "dense":
+            return x, None
+        theta, statistics = self.theta(x, mask, past)
+        return ternary_spike(x, theta, self.estimator, self.levels, self.kind == "binary"), statistics
+
+    def forward(self, x: Tensor, mask: Tensor | None = None,
+                past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
+        spikes, statistics = self.encode(x, mask, past)
+        return self.amplitude.to(x.dtype) * spikes, statistics
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, threshold={self.threshold}, estimator={self.estimator}, size={self.alpha.numel()}"
+
+
+# ======================================================================================================
+# 3  Recurrence
+# ======================================================================================================
+#
+# The vector state: S_t = w * S_{t-1} + k_t * v_t per channel, read out as r_t * S_t. All forms take r, k, v
+# (B, T, D), w (D,) in (0, 1) and the state before the first token (B, D), and return the read-out (B, T, D) in the
+# dtype of k and the state after the last token (B, D) in fp32 (fp64 for fp64 inputs). A matrix state has the same
+# signature with S (B, H, N, N).
+
+
+def _recurrence_inputs(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None):
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    update = k.to(dtype) * v.to(dtype)  # (B, T, D)
+    start = update.new_zeros(update.shape[0], update.shape[2]) if state is None else state.to(dtype)
+    return r.to(dtype), update, w.to(dtype), start
+
+
+def recurrence_reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
+                         state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loop over tokens that the other forms are checked against."""
+    gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
+    out = []
+    for t in range(update.shape[1]):
+        S = decay * S + update[:, t]
+        out.append(gate[:, t] * S)
+    return torch.stack(out, 1).to(k.dtype), S
+
+
+def recurrence_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
+                    state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One token, T = 1: what decoding runs."""
+    gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
+    S = decay * S + update[:, 0]
+    return (gate * S.unsqueeze(1)).to(k.dtype), S
+
+
+def recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None,
+                       chunk: int = 32) -> tuple[Tensor, Tensor]:
+    """The loop in chunks of `chunk` tokens: one product with a lower triangle of decay powers inside a chunk, and a
+    carry between chunks. Powers of w have exponents >= 0 only, so that nothing overflows for any w in (0, 1)."""
+    B, T, D = k.shape
+    if T == 1:
+        return recurrence_step(r, k, v, w, state)
+    gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
+    chunk = min(chunk, T)
+    n = -(-T // chunk)
+    padded = F.pad(update, (0, 0, 0, n * chunk - T))  # zeros after the last token touch nothing before it
+    blocks = padded.view(B, n, chunk, D)
+    steps = torch.arange(chunk, device=k.device)
+    lag = steps.unsqueeze(1) - steps  # (C, C), row t, column s: t - s
+    triangle = torch.where(lag >= 0, decay.view(D, 1, 1).pow(lag.clamp_min(0)), 0.0)  # (D, C, C)
+    inside = torch.matmul(triangle, blocks.permute(3, 2, 0, 1).reshape(D, chunk, B * n))  # (D, C, B*n)
+    inside = inside.view(D, chunk, B, n).permute(2, 3, 1, 0)  # (B, n, C, D)
+    powers = decay.unsqueeze(0).pow((steps + 1).unsqueeze(1))  # (C, D): w^1 .. w^C
+    carries = []
+    carry = S
+    for i in range(n):
+        carries.append(carry)
+        carry = powers[-1] * carry + inside[:, i, -1]
+    states = inside + powers * torch.stack(carries, 1).unsqueeze(2)  # (B, n, C, D)
+    states = states.reshape(B, n * chunk, D)[:, :T]
+    return (gate * states).to(k.dtype), states[:, -1]
+
+
+def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
+                      state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The founders' formula, cumsum(kv / (w^t + 1e-8)) * w^t. It is wrong after about 20 tokens, where the 1e-8
+    outgrows w^t, and exists only to show that."""
+    gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
+    steps = torch.arange(1, update.shape[1] + 1, device=k.device)
+    powers = decay.unsqueeze(0).pow(steps.unsqueeze(1))  # (T, D)
+    states = (update / (powers + 1e-8)).cumsum(1) * powers + powers * S.unsqueeze(1)
+    return (gate * states).to(k.dtype), states[:, -1]
+
+
+RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": recurrence_reference, "chunked": recurrence_chunked, "cumsum": recurrence_cumsum}
+
+
+# ======================================================================================================
+# 4  Model
+# ======================================================================================================
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers of the tokens before: its size does not depend on how many they were."""
+
+    S: Tensor  # (B, D) fp32, recurrent state
+    shift: Tensor  # (B, D), input of the token shift at the last token
+    k_statistics: SpikeStatistics | None = None
+    v_statistics: SpikeStatistics | None = None
+
+
+class GooseState(NamedTuple):
+    """The cache of `generate`."""
+
+    layers: tuple[LayerState, ...]
+    position: Tensor  # (B,) tokens seen, padding not counted
+    length: int  # tokens seen, padding counted
+
+    def reorder(self, index: Tensor) -> GooseState:
+        """The states of the sequences `index` (B',), for beam search."""
+        def select(item):
+            if isinstance(item, Tensor):
+                return item.index_select(0, index.to(item.device))
+            return type(item)(*map(select, item)) if isinstance(item, tuple) else item
+        return GooseState(tuple(select(layer) for layer in self.layers), select(self.position), self.length)
+
+
+class TimeMix(nn.Module):
+    """Token shift, ternary keys and values, a decaying state, a receptance gate [1].
+
+    k = spike(W_k x_k), v = spike(W_v x_v), r = sigmoid(W_r x_r) with x_* = x * m_* + previous x * (1 - m_*).
+    """
+
+    def __init__(self, config: GooseConfig, layer: int):
+        super().__init__()
+        D = config.d_model
+        self.layer, self.n_layer = layer, config.n_layer
+        self.decay_init, self.mix_init = config.decay_init, config.mix_init
+        self.project_first = config.output_order == "project_first"
+        self.recurrence = config.recurrence
+        self.mix_k, self.mix_v, self.mix_r = (nn.Parameter(torch.empty(D)) for _ in range(3))
+        self.decay_logit = nn.Parameter(torch.empty(D))
+        self.key = nn.Linear(D, D, bias=False)
+        self.value = nn.Linear(D, D, bias=False)
+        self.receptance = nn.Linear(D, D, bias=False)
+        self.output = nn.Linear(D, D, bias=False)
+        spike = {name: getattr(config, name) for name in ("threshold", "granularity", "alpha_init", "amplitude_init",
+                                                          "estimator")}
+        self.spike_k = TernarySpike(D, config.spike_kind, **spike)
+        self.spike_v = TernarySpike(D, config.spike_kind, **spike)
+
+    def initial(self) -> dict[str, Tensor]:
+        """Start values of mixes and decay logits, (D,) each.
+
+        `published`: every decay sigmoid(-0.5) = 0.378, mixes 1 - layer/(L-1). `spread`: decays sigmoid(0.5 .. 6),
+        memories of one to four hundred tokens; mixes from 1 down to 0.5 over the channels.
+        """
+        D = self.decay_logit.numel()
+        decay = torch.full((D,), -0.5) if self.decay_init == "published" else torch.linspace(0.5, 6.0, D)
+        if self.mix_init == "published":
+            mix = torch.full((D,), 1.0 - self.layer / max(1, self.n_layer - 1))
+        else:
+            mix = torch.linspace(1.0, 0.5, D)
+        return {"decay_logit": decay, "mix_k": mix, "mix_v": mix, "mix_r": mix}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None,
+                past: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """x (B, T, D), mask (B, T) with 0 at padding -> (B, T, D) and the state after the last token."""
+        B, T, D = x.shape
+        if mask is not None:
+            x = x * mask.unsqueeze(-1).to(x.dtype)  # (B, T, D): nothing of a pad reaches the token after it
+        before = x.new_zeros(B, 1, D) if past is None else past.shift.to(x.dtype).unsqueeze(1)
+        previous = torch.cat((before, x[:, :-1]), 1)  # (B, T, D)
+        change = x - previous
+        k, k_statistics = self.spike_k(self.key(previous + change * self.mix_k), mask,
+                                       past.k_statistics if past else None)
+        v, v_statistics = self.spike_v(self.value(previous + change * self.mix_v), mask,
+                                       past.v_statistics if past else None)
+        r = torch.sigmoid(self.receptance(previous + change * self.mix_r))
+        if mask is not None:
+            k = k * mask.unsqueeze(-1).to(k.dtype)
+        w = torch.sigmoid(self.decay_logit.float())
+        scan = RECURRENCES[self.recurrence]
+        S_before = past.S if past else None
+        if self.project_first:
+            out, S = scan(torch.ones_like(k), k, v, w, S_before)
+            out = r * self.output(out)
+        else:
+            out, S = scan(r, k, v, w, S_before)
+            out = self.output(out)
+        return out, LayerState(S, x[:, -1], k_statistics, v_statistics)
+
+
+class FeedForward(nn.Module):
+    """W_2 act(W_1 x), (B, T, D) -> (B, T, D) through width F."""
+
+    def __init__(self, config: GooseConfig):
+        super().__init__()
+        activations = import_optional("transformers.activations").ACT2FN
+        require(config.activation in activations, "activation", config.activation, ", ".join(sorted(activations)))
+        self.up = nn.Linear(config.d_model, config.ffn_width)
+        self.activation = activations[config.activation]
+        self.down = nn.Linear(config.ffn_width, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+class GooseBlock(nn.Module):
+    """x + time_mix(LN(x)), then x + FFN(LN(x))."""
+
+    def __init__(self, config: GooseConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.time_mix = TimeMix(config, layer)
+        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None,
+                past: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        mixed, state = self.time_mix(self.ln_1(x), mask, past)
+        x = x + mixed
+        return x + self.ffn(self.ln_2(x)), state
+
+
+@dataclass
+class GooseOutput(ModelOutput):
+    """Output of GooseModel and GooseForCausalLM. `hidden_states` follows GPT-2: embeddings, then each block, the
+    last of them after the final LayerNorm."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    state: GooseState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class GoosePreTrainedModel(PreTrainedModel):
+    """Initialisation and loading, as transformers expects them."""
+
+    config_class = GooseConfig
+    base_model_prefix = "goose"
+    _no_split_modules = ["GooseBlock"]
+    _is_stateful = True
+    supports_gradient_checkpointing = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, TernarySpike):
+            nn.init.constant_(module.alpha, module.alpha_init)
+            nn.init.constant_(module.amplitude, module.amplitude_init)
+        elif isinstance(module, TimeMix):
+            for name, value in module.initial().items():
+                parameter = getattr(module, name)
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    parameter.copy_(value)
+        elif isinstance(module, GooseBlock):
+            # The branches into the residual stream start small, as in GPT-2.
+            for branch in (module.time_mix.output, module.ffn.down):
+                nn.init.normal_(branch.weight, std=std / math.sqrt(2 * self.config.n_layer))
+
+
+class GooseModel(GoosePreTrainedModel):
+    """Embeddings, blocks and the final LayerNorm."""
+
+    def __init__(self, config: GooseConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.n_positions, config.d_model)
+        self.blocks = nn.ModuleList(GooseBlock(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                state: GooseState | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+                output_hidden_states: bool | None = None, return_dict: bool | None = True,
+                **unused: Any) -> GooseOutput:
+        """input_ids (B, T) -> last hidden state (B, T, D).
+
+        `attention_mask` is (B, T), or (B, seen + T) as `generate` passes it, 1 at tokens and 0 at padding. With a
+        state, padding stands on the left: a pad after a token would age the state, and raises ValueError. Positions
+        count tokens without padding; past n_positions the last one is kept, so that a sequence may go on.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T, _ = x.shape
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        mask = None
+        if attention_mask is not None:
+            require(attention_mask.dim() == 2, "attention_mask", tuple(attention_mask.shape), "(B, T), 0 at padding")
+            mask = attention_mask[:, -T:].to(x.device).bool()
+            if bool(mask.all()):
+                mask = None
+            elif use_cache and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+                raise ValueError("attention_mask has padding after a token; a recurrent state needs padding on the "
+                                 "left (tokenizer.padding_side = 'left') or use_cache=False.")
+        counted = torch.ones(B, T, dtype=torch.long, device=x.device) if mask is None else mask.long()
+        seen = counted.cumsum(1)
+        start = 0 if state is None else state.position.unsqueeze(1)
+        index = (start + seen - 1).clamp(0, self.config.n_positions - 1)
+        x = x + self.positions(index)
+        hidden, layers = [], []
+        for i, block in enumerate(self.blocks):
+            hidden.append(x)
+            x, layer_state = block(x, mask, state.layers[i] if state is not None else None)
+            layers.append(layer_state)
+        x = self.ln_f(x)
+        hidden.append(x)
+        after = None
+        if use_cache:
+            before = (0, 0) if state is None else (state.position, state.length)
+            after = GooseState(tuple(layers), before[0] + seen[:, -1], before[1] + T)
+        return GooseOutput(last_hidden_state=x, state=after, hidden_states=tuple(hidden) if output_hidden_states
+                           else None)
+
+
+class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
+    """GooseModel with a language-model head tied to the embeddings.
+
+    `save_pretrained` copies this file beside the weights, so that `AutoModelForCausalLM.from_pretrained(folder,
+    trust_remote_code=True)` needs nothing but the folder. `generate` supports greedy decoding, sampling and beam
+    search, with the recurrent state as cache.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "goose.embeddings.weight"}
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: GooseConfig):
+        super().__init__(config)
+        self.goose = GooseModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                state: GooseState | None = None, labels: Tensor | None = None, inputs_embeds: Tensor | None = None,
+                use_cache: bool | None = None, output_hidden_states: bool | None = None,
+                logits_to_keep: int | Tensor = 0, return_dict: bool | None = True, **unused: Any) -> GooseOutput:
+        """input_ids (B, T) -> logits (B, T, V); `labels` (B, T) are shifted here and -100 is ignored, as in
+        GPT2LMHeadModel. `logits_to_keep` keeps only the last so many positions, as `generate` asks."""
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        out = self.goose(input_ids, attention_mask, state, inputs_embeds, use_cache, output_hidden_states)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
+            slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
+        logits = self.lm_head(out.last_hidden_state[:, keep])  # (B, T or kept, V)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+        result = GooseOutput(loss=loss, logits=logits, state=out.state, hidden_states=out.hidden_states)
+        return result if return_dict in (None, True) else result.to_tuple()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the cache is a GooseState, made by the first forward pass
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, state: GooseState | None = None,
+                                      attention_mask: Tensor | None = None, use_cache: bool | None = None,
+                                      inputs_embeds: Tensor | None = None, **unused: Any) -> dict[str, Any]:
+        seen = 0 if state is None else state.length
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, seen:]
+        if inputs_embeds is not None and state is None:
+            return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "use_cache": use_cache}
+        return {"input_ids": input_ids[:, seen:], "state": state, "attention_mask": attention_mask,
+                "use_cache": use_cache}
+
+    def _reorder_cache(self, state: GooseState, beam_idx: Tensor) -> GooseState:
+        return state.reorder(beam_idx)
+
+
+def register_auto_classes() -> None:
+    """Makes AutoConfig and AutoModelForCausalLM know 'goose' in this process, without trust_remote_code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    AutoConfig.register("goose", GooseConfig, exist_ok=True)
+    AutoModelForCausalLM.register(GooseConfig, GooseForCausalLM, exist_ok=True)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# ======================================================================================================
+# 5  Losses
+# ======================================================================================================
+
+LOGIT_COPIES = 6  # fp32 (rows, V) tensors alive at once inside one chunk of the losses below
+
+
+def _rows_per_chunk(vocab_size: int, budget: int) -> int:
+    return max(1, budget // (4 * LOGIT_COPIES * vocab_size))
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+class _ChunkedDistillation(torch.autograd.Function):
+    """Loss and gradients in one pass over chunks of tokens, so that no (tokens, V) tensor ever exists."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, tau, labels, kd_weight, ce_weight, want_ce, budget):
+        n, D = hidden.shape
+        V = head.shape[0]
+        dtype = _compute_dtype(hidden)
+        # fp16 gradients of probabilities would sink below its smallest number; a power of two lifts them.
+        lift = 1024.0 if dtype == torch.float16 else 1.0
+        needs = any(ctx.needs_input_grad)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = head.detach().to(dtype)
+            teacher_weight = None if teacher_head is None else teacher_head.detach().to(dtype)
+            grad_hidden = torch.empty(n, D, device=hidden.device) if needs else None
+            grad_head = torch.zeros(V, D, device=hidden.device) if needs else None
+            kd, ce, grad_tau = (torch.zeros((), device=hidden.device) for _ in range(3))
+            valid = 0 if labels is None else max(1, int((labels >= 0).sum()))
+            rows = _rows_per_chunk(V, budget)
+            for start in range(0, n, rows):
+                part = slice(start, min(n, start + rows))
+                h = hidden[part].detach().to(dtype)  # (R, D)
+                z = (h @ weight.t()).float()  # (R, V)
+                gradient = None
+                if teacher_weight is not None and kd_weight:
+                    p_s = F.log_softmax(z / tau, -1)
+                    p_t = (teacher_hidden[part].detach().to(dtype) @ teacher_weight.t()).float()
+                    p_t = F.log_softmax(p_t.div_(tau), -1)
+                    difference = p_t - p_s  # log p_teacher - log p_student
+                    log_t = p_t.clone() if tau.requires_grad else None
+                    p_t.exp_()
+                    kl = (p_t * difference).sum(-1)  # (R,)
+                    kd += tau**2 * kl.sum() / n
+                    if tau.requires_grad:
+                        # d(tau^2 KL)/dtau; logits enter only up to a constant, so log-probabilities stand for them.
+                        slope = ((p_t - p_s.exp()) * p_s).sum(-1) - (p_t * (difference - kl.unsqueeze(-1)) * log_t).sum(-1)
+                        grad_tau += kd_weight * (2 * tau * kl.sum() + tau * slope.sum()) / n
+                    if needs:
+                        gradient = p_s.exp_().sub_(p_t).mul_(kd_weight * tau / n * lift)
+                if labels is not None and (want_ce or ce_weight):
+                    target = labels[part]
+                    keep = target >= 0
+                    log_p = F.log_softmax(z, -1)
+                    ce -= log_p.gather(1, target.clamp_min(0).unsqueeze(1)).squeeze(1)[keep].sum() / valid
+                    if needs and ce_weight:
+                        dz = log_p.exp_()
+                        dz.scatter_add_(1, target.clamp_min(0).unsqueeze(1), -torch.ones_like(dz[:, :1]))
+                        dz.mul_((keep.float() * (ce_weight / valid * lift)).unsqueeze(1))
+                        gradient = dz if gradient is None else gradient.add_(dz)
+                if needs:
+                    if gradient is None:
+                        grad_hidden[part] = 0
+                        continue
+                    gradient = gradient.mul_(n).to(dtype)  # of order one inside the half-precision products
+                    grad_hidden[part] = (gradient @ weight).float().div_(n * lift)
+                    grad_head.add_((gradient.t() @ h).float(), alpha=1 / (n * lift))
+        if needs:
+            ctx.save_for_backward(grad_hidden, grad_head, grad_tau)
+            ctx.dtypes = hidden.dtype, head.dtype
+        ctx.mark_non_differentiable(kd, ce)
+        return kd_weight * kd + ce_weight * ce, kd, ce
+
+    @staticmethod
+    def backward(ctx, grad, _kd, _ce):
+        grad_hidden, grad_head, grad_tau = ctx.saved_tensors
+        return ((grad_hidden * grad).to(ctx.dtypes[0]), (grad_head * grad).to(ctx.dtypes[1]), None, None,
+                grad_tau * grad if ctx.needs_input_grad[4] else None, None, None, None, None, None)
+
+
+class DistillationLoss(NamedTuple):
+    """loss = kd_weight * kd + ce_weight * ce; only `loss` carries gradients."""
+
+    loss: Tensor
+    kd: Tensor  # tau^2 KL(teacher || student), nats per token
+    ce: Tensor  # cross-entropy, nats per token; 0 where it was not asked for
+
+
+def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None = None,
+                         teacher_head: Tensor | None = None, tau: Tensor | float = 1.0, labels: Tensor | None = None,
+                         kd_weight: float = 1.0, ce_weight: float = 0.0, want_ce: bool = True,
+                         budget: int = 48 * 2**20) -> DistillationLoss:
+    """Distillation and cross-entropy from final hidden states, without (tokens, V) tensors.
+
+    Logits are made, used and dropped in chunks whose fp32 copies stay below `budget` bytes together; the gradients
+    of hidden states, head and tau are formed in the same pass, so that the backward pass makes no logits again.
+
+    Args:
+        hidden: (..., D) student states after the last LayerNorm; head: (V, D).
+        teacher_hidden: (..., D_teacher); teacher_head: (V, D_teacher). Neither gets a gradient.
+        tau: temperature; a tensor may require a gradient.
+        labels: (...) next tokens, negative ones ignored.
+    Returns:
+        KL is summed over the vocabulary and averaged over tokens (batchmean), times tau^2 [3].
+    """
+    if teacher_head is not None and teacher_head.shape[0] != head.shape[0]:
+        raise ValueError(f"teacher vocabulary is {teacher_head.shape[0]} and the student's {head.shape[0]}; they must "
+                         "be the same tokenizer.")
+    tau = torch.as_tensor(tau, dtype=torch.float32, device=hidden.device)
+    flat = None if teacher_hidden is None else teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    return DistillationLoss(*_ChunkedDistillation.apply(
+        hidden.reshape(-1, hidden.shape[-1]), head, flat, teacher_head, tau,
+        None if labels is None else labels.reshape(-1), kd_weight if teacher_head is not None else 0.0, ce_weight,
+        want_ce, budget))
+
+
+def chunked_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
+               tau: Tensor | float = 1.0, budget: int = 48 * 2**20) -> Tensor:
+    """tau^2 KL(teacher || student) in nats per token; see `chunked_distillation`."""
+    return chunked_distillation(hidden, head, teacher_hidden, teacher_head, tau, budget=budget).loss
+
+
+@torch.no_grad()
+def chunked_nll(hidden: Tensor, head: Tensor, labels: Tensor, budget: int = 48 * 2**20) -> Tensor:
+    """Negative log-likelihood of each label in nats, in fp32: hidden (..., D), head (V, D), labels (...) -> (...)."""
+    flat, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    dtype = _compute_dtype(hidden)
+    rows = _rows_per_chunk(head.shape[0], budget)
+    weight = head.to(dtype)
+    parts = [F.cross_entropy((flat[i:i + rows].to(dtype) @ weight.t()).float(), target[i:i + rows], reduction="none")
+             for i in range(0, flat.shape[0], rows)]
+    return torch.cat(parts).view(labels.shape)
+
+
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, strength: float) -> Tensor:
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return -ctx.strength * grad, None
+
+
+class Temperature(nn.Module):
+    """Distillation temperature tau.
+
+    `fixed`; `staged`: 1.0, 1.5, 2.0 in thirds of the run (POCL); learned by CTKD [4], where gradient reversal makes
+    the temperature raise the loss that the student lowers: `bounded`, tau_min + (tau_max - tau_min) * sigmoid(p) with
+    lambda rising linearly over the warm-up, and `paper`, 1 + 20 * sigmoid(p) with lambda on a cosine over it.
+    Without reversal (v12) tau lowers the loss too.
+    """
+
+    STAGES = (1.0, 1.5, 2.0)
+
+    def __init__(self, mode: str = "bounded", tau: float = 2.0, tau_min: float = 1.0, tau_max: float = 5.0,
+                 gradient_reversal: bool = True, lambda_max: float = 1.0, lambda_warmup_ratio: float = 0.25):
+        super().__init__()
+        require(mode in ("fixed", "bounded", "paper", "staged"), "temperature", mode, "fixed, bounded, paper, staged")
+        self.mode, self.reversal = mode, gradient_reversal
+        self.lambda_max, self.lambda_warmup_ratio = lambda_max, lambda_warmup_ratio
+        self.low, self.high = (1.0, 21.0) if mode == "paper" else (tau_min, tau_max)
+        self.start = tau
+        if mode in ("bounded", "paper"):
+            require(self.low < tau < self.high, "tau", tau, f"between {self.low} and {self.high}, exclusive")
+            share = (tau - self.low) / (self.high - self.low)
+            self.logit = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+
+    def strength(self, progress: float) -> float:
+        """lambda at a share of the run in [0, 1]."""
+        done = min(1.0, progress / self.lambda_warmup_ratio) if self.lambda_warmup_ratio else 1.0
+        return self.lambda_max * (0.5 * (1 - math.cos(math.pi * done)) if self.mode == "paper" else done)
+
+    def forward(self, progress: float = 1.0) -> Tensor:
+        if self.mode == "fixed":
+            return torch.tensor(float(self.start))
+        if self.mode == "staged":
+            return torch.tensor(self.STAGES[min(2, int(3 * progress))])
+        tau = self.low + (self.high - self.low) * torch.sigmoid(self.logit)
+        return _ReverseGradient.apply(tau, self.strength(progress)) if self.reversal else tau
+
+
+def unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
+    """Unbiased HSIC with linear kernels (Song et al. 2012, eq. 5 [7]): x (n, d1), y (n, d2), n >= 4 -> scalar.
+
+    Computed from features in O(n d1 d2), the (n, n) kernels are never formed. Can be negative.
+    """
+    n = x.shape[0]
+    require(n >= 4 and y.shape[0] == n, "samples of x and y", (n, y.shape[0]), "equal and at least 4")
+    x, y = x.float(), y.float()
+    x, y = x - x.mean(0), y - y.mean(0)  # the estimator does not see a shift; the rounding does
+    kk, ll = x.square().sum(1), y.square().sum(1)  # diagonals of both kernels, (n,)
+    row_k, row_l = x @ x.sum(0) - kk, y @ y.sum(0) - ll  # row sums without the diagonal, (n,)
+    trace = (x.t() @ y).square().sum() - (kk * ll).sum()
+    return (trace + row_k.sum() * row_l.sum() / ((n - 1) * (n - 2)) - 2 * (row_k * row_l).sum() / (n - 2)) / (n * (n - 3))
+
+
+def linear_cka(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
+    """Linear CKA [6] of x (n, d1) and y (n, d2). Unbiased, independent noise gives 0 on average; biased, about
+    d / (n + d)."""
+    if unbiased:
+        norm = (unbiased_hsic(x, x) * unbiased_hsic(y, y)).clamp_min(1e-20).sqrt()
+        return unbiased_hsic(x, y) / norm
+    x, y = x.float() - x.float().mean(0), y.float() - y.float().mean(0)
+    return (x.t() @ y).square().sum() / ((x.t() @ x).norm() * (y.t() @ y).norm()).clamp_min(1e-20)
+
+
+class MinibatchCKA:
+    """Unbiased CKA over many batches: HSIC terms are averaged before the ratio is taken [8]."""
+
+    def __init__(self):
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        self.sums += torch.stack([unbiased_hsic(a, b).double().cpu() for a, b in ((x, y), (x, x), (y, y))])
+
+    def compute(self) -> float:
+        xy, xx, yy = self.sums.tolist()
+        return xy / math.sqrt(max(xx * yy, 1e-20))
+
+
+def transformer_blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of blocks of a causal language model. Raises ValueError for an architecture not known here."""
+    for path in ("goose.blocks", "transformer.h", "model.layers", "gpt_neox.layers", "backbone.layers"):
+        with contextlib.suppress(AttributeError):
+            return model.get_submodule(path)
+    raise ValueError(f"{type(model).__name__} has no list of blocks at a known place (GPT-2, Llama, NeoX, Goose).")
+
+
+@contextlib.contextmanager
+def capture_blocks(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Collects {layer: (input, output)} of blocks during forward passes; both are (B, T, D) of the residual stream,
+    free of the final LayerNorm that `hidden_states[-1]` has gone through."""
+    captured: dict[int, tuple[Tensor, Tensor]] = {}
+    blocks = transformer_blocks(model)
+
+    def hook(layer):
+        def keep(_module, args, kwargs, output):
+            captured[layer] = (args[0] if args else kwargs["hidden_states"],
+                               output[0] if isinstance(output, tuple) else output)
+        return keep
+
+    handles = [blocks[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fdd_cka_delta(student: list[tuple[Tensor, Tensor]], teacher: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The founders' feature dynamics loss: mean over layer pairs of 1 - CKA of what the two layers add.
+
+    Each entry is (input, output) of a block, (B, T, D). Unbiased CKA; position 0 is left out, where GPT-2 puts
+    outliers that would decide the value alone.
+    """
+    losses = [1 - linear_cka((s_out - s_in)[:, 1:].flatten(0, 1), (t_out - t_in)[:, 1:].flatten(0, 1).to(s_out.device))
+              for (s_in, s_out), (t_in, t_out) in zip(student, teacher)]
+    return torch.stack(losses).mean()
+
+
+def fdd_logit_lens(student: list[Tensor], teacher: list[Tensor], student_lens: Callable[[Tensor], Tensor],
+                   teacher_lens: Callable[[Tensor], Tensor], max_tokens: int = 256) -> Tensor:
+    """Feature dynamics distillation after its paper [5]: KL between logit lenses along the mapped layers, plus
+    1 - cosine between the differences of consecutive log-probabilities.
+
+    student, teacher: outputs of the mapped layers, (B, T, D) each; a lens maps (n, D) to (n, V) logits. At most
+    `max_tokens` evenly spaced tokens take part, which bounds the memory.
+    """
+    tokens = student[0].shape[0] * student[0].shape[1]
+    pick = torch.linspace(0, tokens - 1, min(tokens, max_tokens)).long()
+    log_s = [F.log_softmax(student_lens(h.flatten(0, 1)[pick]).float(), -1) for h in student]  # L' x (n, V)
+    with torch.no_grad():
+        log_t = [F.log_softmax(teacher_lens(h.flatten(0, 1)[pick]).float(), -1).to(log_s[0].device) for h in teacher]
+    trajectory = sum(F.kl_div(s, t, log_target=True, reduction="batchmean") for s, t in zip(log_s, log_t)) / len(log_s)
+    if len(log_s) < 2:
+        return trajectory
+    steps = [1 - F.cosine_similarity(s1 - s0, t1 - t0, dim=-1).mean()
+             for s0, s1, t0, t1 in zip(log_s, log_s[1:], log_t, log_t[1:])]
+    return trajectory + sum(steps) / len(steps)
+
+
+class FDDKillSwitch:
+    """Turns FDD off for good when validation PPL rises more than `max_regression` above the best one seen."""
+
+    def __init__(self, max_regression: float = 0.10):
+        self.max_regression, self.best, self.killed = max_regression, math.inf, False
+
+    def update(self, ppl: float, active: bool) -> bool:
+        """True from the evaluation on that killed FDD; a rise while FDD was not active kills nothing."""
+        if active and ppl > self.best * (1 + self.max_regression):
+            self.killed = True
+        self.best = min(self.best, ppl)
+        return self.killed
+
+
+class Distiller(nn.Module):
+    """Student, temperature and whatever the recipe's loss trains, as one module whose forward returns the loss.
+
+    The teacher is held outside the module tree: it is frozen, saved in no checkpoint and may live on its own device.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, recipe: Recipe, teacher_device: torch.device | None = None):
+        super().__init__()
+        self.student, self.recipe = student, recipe
+        self.temperature = Temperature(recipe.temperature, recipe.tau, recipe.tau_min, recipe.tau_max,
+                                       recipe.gradient_reversal, recipe.lambda_max, recipe.lambda_warmup_ratio)
+        self.kill_switch = FDDKillSwitch(recipe.fdd_max_regression)
+        self._outside = [teacher.eval().requires_grad_(False)]
+        self._teacher_device = teacher_device
+        n_student, n_teacher = len(transformer_blocks(student)), len(transformer_blocks(teacher))
+        for s, t in recipe.layer_map:
+            require(0 <= s < n_student and 0 <= t < n_teacher, "layer_map", (s, t),
+                    f"student layers 0 to {n_student - 1}, teacher layers 0 to {n_teacher - 1}")
+        self.projections = nn.ModuleDict()
+        if recipe.hidden_weight:
+            width = teacher.get_output_embeddings().weight.shape[1]
+            self.projections.update({str(s): nn.Linear(student.config.d_model, width) for s, _ in recipe.layer_map})
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._outside[0]
+
+    def place_teacher(self, device: torch.device) -> None:
+        """Moves the teacher to `device`, or to the device that was asked for."""
+        self._outside[0] = self.teacher.to(self._teacher_device or device)
+
+    def fdd_active(self, step: int) -> bool:
+        return self.recipe.fdd != "none" and step >= self.recipe.fdd_start and not self.kill_switch.killed
+
+    def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
+                want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """input_ids, labels (B, T) -> loss and its terms, unweighted; `tau` and `lambda` are among them."""
+        recipe, teacher = self.recipe, self.teacher
+        fdd = self.fdd_active(step)
+        pairs = recipe.layer_map if fdd or recipe.hidden_weight else ()
+        where = next(teacher.parameters()).device
+        with torch.no_grad(), capture_blocks(teacher, [t for _, t in pairs]) as teacher_blocks:
+            teacher_hidden = teacher.base_model(input_ids.to(where), use_cache=False).last_hidden_state
+        with capture_blocks(self.student, [s for s, _ in pairs]) as student_blocks:
+            hidden = self.student.base_model(input_ids, use_cache=False).last_hidden_state
+        progress = step / recipe.distill_steps
+        tau = self.temperature(progress).to(hidden.device)
+        teacher_head = teacher.get_output_embeddings().weight.to(hidden.device)
+        loss, kd, ce = chunked_distillation(hidden, self.student.get_output_embeddings().weight,
+                                            teacher_hidden.to(hidden.device), teacher_head, tau, labels,
+                                            recipe.kd_weight, recipe.ce_weight, want_ce)
+        terms = {"kd": kd, "tau": tau.detach(), "lambda": torch.tensor(self.temperature.strength(progress))}
+        if want_ce or recipe.ce_weight:
+            terms["ce"] = ce
+        if recipe.hidden_weight:
+            terms["hidden"] = torch.stack([
+                F.mse_loss(self.projections[str(s)](student_blocks[s][1]).float(),
+                           teacher_blocks[t][1].float().to(hidden.device)) for s, t in recipe.layer_map]).mean()
+            loss = loss + recipe.hidden_weight * terms["hidden"]
+        if fdd:
+            terms["fdd"] = self._fdd(student_blocks, teacher_blocks)
+            loss = loss + recipe.fdd_weight * terms["fdd"]
+        if recipe.variance_penalty:
+            spikes = [m for m in self.student.modules() if isinstance(m, TernarySpike)]
+            terms["variance"] = sum(p.var() for m in spikes for p in (m.alpha, m.amplitude)) / len(spikes)
+            loss = loss + recipe.variance_penalty * terms["variance"]
+        return loss, terms
+
+    def _fdd(self, student_blocks: dict, teacher_blocks: dict) -> Tensor:
+        pairs = self.recipe.layer_map
+        if self.recipe.fdd == "cka_delta":
+            return fdd_cka_delta([student_blocks[s] for s, _ in pairs], [teacher_blocks[t] for _, t in pairs])
+        teacher_norm = getattr(self.teacher.base_model, "ln_f", nn.Identity())
+        return fdd_logit_lens([student_blocks[s][1] for s, _ in pairs], [teacher_blocks[t][1] for _, t in pairs],
+                              lambda h: self.student.lm_head(self.student.goose.ln_f(h)),
+                              lambda h: self.teacher.get_output_embeddings()(teacher_norm(h)))
+
+    def on_evaluation(self, step: int, ppl: float) -> None:
+        """Called by `fit` after each evaluation; may switch FDD off."""
+        self.kill_switch.update(ppl, self.fdd_active(step))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"best": self.kill_switch.best, "killed": self.kill_switch.killed}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.kill_switch.best, self.kill_switch.killed = state["best"], state["killed"]
+
+
+class LanguageModelling(nn.Module):
+    """Plain next-token training of a causal language model, with the interface of Distiller."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.student = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
+                want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.student.base_model(input_ids, use_cache=False).last_hidden_state
+        loss, _, ce = chunked_distillation(hidden, self.student.get_output_embeddings().weight, labels=labels,
+                                           ce_weight=1.0)
+        return loss, {"ce": ce}
+
+
+# ======================================================================================================
+# 6  Data
+# ======================================================================================================
+
+SPLITS = ("train", "validation", "test")
+END_OF_TEXT = "<|endoftext|>"
+PYDOCS_PACKAGES = ("torch", "numpy", "matplotlib", "datasets", "pandas", "networkx", "sympy", "transformers")
+WIKITEXT = {"wikitext-2": "wikitext-2-raw-v1", "wikitext-103": "wikitext-103-raw-v1"}
+
+
+class HubUnavailable(RuntimeError):
+    """A corpus or teacher could not be fetched; the message names the ways on."""
+
+    def __init__(self, what: str, reason: str):
+        super().__init__(f"{what} could not be fetched from the Hugging Face hub ({reason}): attach it as a Kaggle "
+                         "dataset or model, or give a folder that holds it, or use corpus='pydocs' with "
+                         "teacher='train', which need no download.")
+
+
+def cache_folder() -> Path:
+    """Where corpora, tokens and teachers are kept: ASNN_CACHE, else ~/.cache/asnn-goose."""
+    return Path(os.environ.get("ASNN_CACHE") or Path.home() / ".cache" / "asnn-goose")
+
+
+def input_roots() -> list[Path]:
+    """Folders in which attached inputs are searched: those of ASNN_INPUTS, and Kaggle's."""
+    given = [Path(p) for p in os.environ.get("ASNN_INPUTS", "").split(os.pathsep) if p]
+    return [p for p in (*given, Path("/kaggle/input")) if p.is_dir()]
+
+
+def find_attached(accept: Callable[[Path], bool], depth: int = 7) -> Path | None:
+    """The first folder below the input roots that `accept` takes, shallow ones first; inputs appear at changing
+    depths."""
+    level = input_roots()
+    for _ in range(depth):
+        found = next((folder for folder in sorted(level) if accept(folder)), None)
+        if found:
+            return found
+        level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
+    return None
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes beside `path` and renames, so that a reader sees the old content or the new one and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when the block has ended well; one that exists by then is kept."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def content_hash(*parts: str | bytes) -> str:
+    """16 hex digits of the SHA-256 of the parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder with train.txt, validation.txt and test.txt, and the hash of their content."""
+
+    name: str
+    folder: Path
+    hash: str
+
+    @classmethod
+    def from_folder(cls, name: str, folder: Path) -> Corpus:
+        """Raises ValueError that names the files that are missing or empty."""
+        bad = [f"{s}.txt" for s in SPLITS if not (folder / f"{s}.txt").is_file() or not (folder / f"{s}.txt").stat().st_size]
+        if bad:
+            raise ValueError(f"corpus folder {folder} has no text in {', '.join(bad)}; it needs train.txt, "
+                             "validation.txt and test.txt.")
+        return cls(name, folder, content_hash(*((folder / f"{s}.txt").read_bytes() for s in SPLITS)))
+
+    def text(self, split: str) -> str:
+        return (self.folder / f"{split}.txt").read_text(encoding="utf-8")
+
+    def size(self, split: str) -> dict[str, int]:
+        """{"bytes", "words"} of a split: UTF-8 bytes and whitespace-separated words of the raw text."""
+        text = self.text(split)
+        return {"bytes": len(text.encode()), "words": len(text.split())}
+
+
+def load_corpus(name: str, max_chars: int | None = None) -> Corpus:
+    """A corpus by name (`pydocs`, `wikitext-2`, `wikitext-103`, `ref`) or a folder.
+
+    `max_chars` bounds pydocs. Raises ValueError for a name that is neither and for a folder without the three files,
+    HubUnavailable when WikiText is neither attached nor to be fetched; another corpus is never taken instead.
+    """
+    if name == "pydocs":
+        return _pydocs(max_chars)
+    if name in WIKITEXT:
+        return _wikitext(name)
+    if name == "ref":
+        folder = os.environ.get("ASNN_REF")
+        require(bool(folder), "ASNN_REF", folder, "the folder of the reference task, with corpus/ and teacher/")
+        return Corpus.from_folder("ref", Path(folder) / "corpus")
+    if Path(name).is_dir():
+        return Corpus.from_folder(Path(name).name, Path(name))
+    raise ValueError(f"corpus is {name!r}; allowed: pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists.")
+
+
+def _docstrings(source: str) -> str:
+    """Docstrings of a module, its classes and functions, with indentation removed."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    found = (ast.get_docstring(node) for node in ast.walk(tree)
+             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+    return "\n\n".join(text for text in found if text and len(text) > 40)
+
+
+def _pydocs(max_chars: int | None) -> Corpus:
+    """Python's own topics, then the docstrings of installed packages, files in a fixed order until `max_chars`."""
+    import importlib.metadata
+    topics = importlib.import_module("pydoc_data.topics").topics
+    versions = [f"{p} {importlib.metadata.version(p)}" for p in PYDOCS_PACKAGES if importlib.util.find_spec(p)]
+    key = content_hash("pydocs 1", platform.python_version(), *versions, str(max_chars))
+    folder = cache_folder() / "corpora" / f"pydocs-{key}"
+    if folder.is_dir():
+        return Corpus.from_folder("pydocs", folder)
+    documents, seen, total = [], set(), 0
+
+    def add(label: str, text: str) -> bool:
+        nonlocal total
+        kept = []
+        for paragraph in text.split("\n\n"):
+            mark = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
+            if paragraph.strip() and mark not in seen:
+                seen.add(mark)
+                kept.append(paragraph.strip("\n"))
+        text = "\n\n".join(kept)
+        if len(text) > 200:
+            documents.append((label, text))
+            total += len(text)
+        return max_chars is not None and total >= max_chars
+
+    full = any(add(f"topics/{name}", topics[name]) for name in sorted(topics))
+    if not full:
+        tqdm = import_optional("tqdm").tqdm
+        files = []
+        for package in PYDOCS_PACKAGES:
+            spec = importlib.util.find_spec(package)
+            for root in (spec.submodule_search_locations or ()) if spec else ():
+                files += [(f"{package}/{p.relative_to(root).as_posix()}", p) for p in sorted(Path(root).rglob("*.py"))]
+        for label, path in tqdm(files, desc="pydocs: reading docstrings", unit="file", mininterval=1.0):
+            if add(label, _docstrings(path.read_text(encoding="utf-8", errors="ignore"))):
+                break
+    # Whole files go to one split, in an order that their names decide: validation and test fill up first.
+    documents.sort(key=lambda item: hashlib.sha256(item[0].encode()).digest())
+    shares, parts = {"validation": 0.027 * total, "test": 0.024 * total, "train": math.inf}, {s: [] for s in SPLITS}
+    names, filled = list(shares), 0
+    for _, text in documents:
+        parts[names[0]].append(text)
+        filled += len(text)
+        if filled >= shares[names[0]]:
+            names.pop(0)
+            filled = 0
+    with new_folder(folder) as temporary:
+        for split, texts in parts.items():
+            (temporary / f"{split}.txt").write_text(END_OF_TEXT.join(texts), encoding="utf-8")
+    return Corpus.from_folder("pydocs", folder)
+
+
+def _wikitext(name: str) -> Corpus:
+    """WikiText raw as the hub's parquet files or as three text files, attached or fetched."""
+    folder = cache_folder() / "corpora" / name
+    if folder.is_dir():
+        return Corpus.from_folder(name, folder)
+    config = WIKITEXT[name]
+
+    def texts(path: Path) -> bool:
+        return (config in path.as_posix() or name in path.name) and all((path / f"{s}.txt").is_file() for s in SPLITS)
+
+    def parquet(path: Path) -> bool:
+        return config in path.as_posix() and all(list(path.glob(f"{s}*.parquet")) for s in SPLITS)
+
+    attached = find_attached(texts)
+    if attached:
+        return Corpus.from_folder(name, attached)
+    attached = find_attached(parquet)
+    datasets = import_optional("datasets")
+    try:
+        if attached:
+            files = {s: [str(p) for p in sorted(attached.glob(f"{s}*.parquet"))] for s in SPLITS}
+            data = datasets.load_dataset("parquet", data_files=files, cache_dir=str(cache_folder() / "datasets"))
+        else:
+            data = datasets.load_dataset("Salesforce/wikitext", config)
+    except Exception as error:  # the hub client raises a dozen unrelated types when there is no network
+        raise HubUnavailable(name, str(error).splitlines()[0][:120]) from error
+    with new_folder(folder) as temporary:
+        for split in SPLITS:
+            (temporary / f"{split}.txt").write_text("".join(data[split]["text"]), encoding="utf-8")
+    return Corpus.from_folder(name, folder)
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int) -> Any:
+    """A byte-level BPE trained on the train split, as a transformers tokenizer; cached by content."""
+    transformers = import_optional("transformers")
+    folder = cache_folder() / "tokenizers" / content_hash("bpe 1", corpus.hash, str(vocab_size))
+    if not folder.is_dir():
+        tokenizers = import_optional("tokenizers")
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        bpe.train_from_iterator(corpus.text("train").split(END_OF_TEXT), trainer)
+        made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
+                                                    pad_token=END_OF_TEXT, padding_side="left")
+        with new_folder(folder) as temporary:
+            made.save_pretrained(temporary)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def tokenize_corpus(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray]:
+    """{split: (tokens,) memory-mapped ids}, cached under the hash of corpus and tokenizer.
+
+    Documents are separated by the end-of-text token where the corpus has it; nothing else is added.
+    """
+    key = content_hash("tokens 1", corpus.hash, tokenizer.backend_tokenizer.to_str())
+    folder = cache_folder() / "tokens" / key
+    if not folder.is_dir():
+        dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+        tqdm = import_optional("tqdm").tqdm
+        with new_folder(folder) as temporary:
+            for split in SPLITS:
+                pieces = _pieces(corpus.text(split))
+                ids = []
+                with tqdm(total=len(pieces), desc=f"tokenising {split}", unit="piece", mininterval=1.0,
+                          disable=len(pieces) < 64) as bar:
+                    for i in range(0, len(pieces), 64):
+                        batch = tokenizer.backend_tokenizer.encode_batch_fast(pieces[i:i + 64], add_special_tokens=False)
+                        ids += [np.array(item.ids, dtype) for item in batch]
+                        bar.update(len(batch))
+                np.save(temporary / f"{split}.npy", np.concatenate(ids))
+    return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
+
+
+def _pieces(text: str, size: int = 1 << 16) -> list[str]:
+    """Cuts text into pieces of about `size` characters, only where a line begins with a visible character: a
+    byte-level BPE never has a token across such a place, so that the ids are those of the whole text."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + size
+        while end < len(text) and not (text[end - 1] == "\n" and not text[end].isspace()):
+            end = text.find("\n", end) + 1 or len(text)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen causal language model, its tokenizer and where both came from."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+
+def load_teacher(spec: str, attached_only: bool = False) -> Teacher:
+    """A teacher by folder or hub id (`gpt2`); `ref` is the folder teacher/ of ASNN_REF.
+
+    A folder attached as an input whose path contains the id is taken before the hub is asked. Raises HubUnavailable.
+    """
+    transformers = import_optional("transformers")
+    if spec == "ref":
+        folder = os.environ.get("ASNN_REF")
+        require(bool(folder), "ASNN_REF", folder, "the folder of the reference task, with corpus/ and teacher/")
+        spec = str(Path(folder) / "teacher")
+    source = Path(spec)
+    if not source.is_dir():
+        last = spec.split("/")[-1].lower()
+
+        def is_model(path: Path) -> bool:
+            names = [part.lower() for part in path.parts]
+            return last in names and (path / "config.json").is_file() and bool(
+                [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+
+        source = find_attached(is_model) or spec
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        if Path(source).is_dir():
+            raise ValueError(f"teacher folder {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise HubUnavailable(f"teacher {spec!r}", str(error).splitlines()[0][:120]) from error
+    return Teacher(model.eval(), tokenizer, Path(source).name if isinstance(source, Path) else spec)
+
+
+class WindowSampler:
+    """Training windows of seq_len + 1 tokens, each window once per epoch in an order that `seed` decides.
+
+    Stateless: batch i is a function of i alone, which is what makes a resumed run exact. `order` replaces the
+    permutation of the first epoch (POCL).
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int, order: np.ndarray | None = None):
+        self.tokens, self.seq_len, self.seed, self.order = tokens, seq_len, seed, order
+        self.windows = (len(tokens) - 1) // seq_len
+        require(self.windows >= 1, "tokens in the train split", len(tokens), f"at least seq_len + 1 = {seq_len + 1}")
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def index(self, position: int) -> int:
+        """The window at a position of the endless sequence of epochs."""
+        if self.order is not None:
+            return int(self.order[position % len(self.order)])
+        epoch, offset = divmod(position, self.windows)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.windows)
+        return int(self._permutation[offset])
+
+    def gather(self, windows: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and next-token labels of windows, (B, T) int64 each."""
+        T = self.seq_len
+        rows = torch.from_numpy(np.stack([self.tokens[i * T:(i + 1) * T + 1].astype(np.int64) for i in windows]))
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """The windows at positions start .. start + size - 1."""
+        return self.gather([self.index(p) for p in range(start, start + size)])
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the sequence of batches."""
+        head = np.ascontiguousarray(self.tokens[:4096]).tobytes()
+        order = b"" if self.order is None else np.ascontiguousarray(self.order).tobytes()
+        return content_hash(head, order, f"{len(self.tokens)} {self.seq_len} {self.seed}")
+
+
+def pocl_order(sampler: WindowSampler, difficulty: np.ndarray, positions: int) -> np.ndarray:
+    """The POCL curriculum: the first third of the run draws from the easiest 33 % of the windows, the second from 67 %,
+    the last from all. difficulty (windows,), lower is easier -> windows to visit, (positions,)."""
+    ranked = np.argsort(difficulty, kind="stable")
+    rng = np.random.default_rng((sampler.seed, 33))
+    order = []
+    for stage in range(3):
+        pool = ranked[:max(1, round(len(ranked) * (stage + 1) / 3))]
+        need = positions * (stage + 1) // 3 - positions * stage // 3
+        order.append(np.concatenate([rng.permutation(pool) for _ in range(-(-need // len(pool)))])[:need])
+    return np.concatenate(order)
+
+
+# ======================================================================================================
+# 7  Training
+# ======================================================================================================
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss was NaN or infinite more often than a run may skip."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """The optimiser's side of a run. One step takes batch_size * grad_accum windows, over all processes together.
+
+    `patience` is in steps; `max_hours` bounds this session and not the run, which a later session resumes.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    seq_len: int
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.1
+    clip: float = 1.0
+    grad_accum: int = 1
+    seed: int = 42
+    eval_every: int = 100
+    save_every: int = 200
+    log_every: int = 10
+    patience: int | None = None
+    min_delta: float = 0.0
+    nonfinite_limit: int = 10
+    max_hours: float | None = None
+    precision: str = "auto"
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, **overrides: Any) -> FitConfig:
+        names = {item.name for item in dataclasses.fields(cls)} & {item.name for item in dataclasses.fields(recipe)}
+        values = {"steps": recipe.distill_steps, **{name: getattr(recipe, name) for name in names}, **overrides}
+        reject_unknown(values, (item.name for item in dataclasses.fields(cls)), "FitConfig")
+        return cls(**values)
+
+
+class EarlyStopping:
+    """Stops when the validation PPL has not fallen by `min_delta` for `patience` steps; keeps the best weights."""
+
+    def __init__(self, patience: int | None, min_delta: float = 0.0):
+        self.patience, self.min_delta = patience, min_delta
+        self.best, self.best_step, self.mark, self.mark_step = math.inf, 0, math.inf, 0
+
+    def update(self, step: int, ppl: float) -> tuple[bool, bool]:
+        """(improved, stop): improved is any new best; only a fall of min_delta restarts the patience."""
+        improved = ppl < self.best
+        if improved:
+            self.best, self.best_step = ppl, step
+        if ppl < self.mark - self.min_delta:
+            self.mark, self.mark_step = ppl, step
+        return improved, self.patience is not None and step - self.mark_step >= self.patience
+
+
+@dataclass
+class FitResult:
+    """What a training run did. `stopped` is `completed`, `early stopping`, `time budget` or `session limit`; only
+    the first two end a run, the others are resumed by the next call with the same folder."""
+
+    log: list[dict[str, float]]
+    step: int
+    stopped: str
+    best_ppl: float
+    best_step: int
+    seconds: float
+    tokens_per_second: float
+    nonfinite: int
+    precision: str
+    peak_memory_gb: float
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped in ("completed", "early stopping")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: decays, thresholds, mixes, norms and biases are not pulled to zero."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in GiB: allocated on the GPUs where there are any, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**30
+    resource = importlib.import_module("resource")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": torch.get_rng_state()}
+    state["numpy"]["state"]["key"] = torch.from_numpy(state["numpy"]["state"]["key"].astype(np.int64))
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(tuple(tuple(x) if isinstance(x, list) else x for x in state["python"]))
+    state["numpy"]["state"]["key"] = state["numpy"]["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+    """torch.save to a temporary file, flushed to the disk and renamed: a killed save leaves the last whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
+        evaluate_now: Callable[[], dict[str, float]] | None = None, folder: Path | None = None,
+        description: str = "training", max_steps: int | None = None) -> FitResult:
+    """Trains `objective` (Distiller or LanguageModelling), leaving the best weights in it.
+
+    Args:
+        evaluate_now: returns {"ppl": ..., ...} on validation data; called every `eval_every` steps and at the end.
+        folder: where checkpoint.pt and log.jsonl live. A checkpoint found there is resumed exactly: weights,
+            optimiser, schedule, scaler, random states and data position. Raises ValueError when it belongs to other
+            settings or data. Without a folder nothing is saved.
+        max_steps: ends this session after so many steps, as max_hours does after so many hours.
+    Raises:
+        NonFiniteLoss: more than `nonfinite_limit` steps had a NaN or infinite term; each was skipped.
+    """
+    accelerate, transformers = import_optional("accelerate"), import_optional("transformers")
+    tqdm = import_optional("tqdm").tqdm
+    device, _ = select_device()
+    precision, _ = select_precision(device, config.precision)
+    # One process fits several models, each with its own precision; accelerate keeps the first one otherwise.
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
+    seed_everything(config.seed)
+    objective.train()
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
+    scheduler = transformers.get_cosine_schedule_with_warmup(
+        optimizer, round(config.warmup_ratio * config.steps), config.steps)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    if hasattr(objective, "place_teacher"):
+        objective.place_teacher(accelerator.device)
+
+    stopper, log, step, nonfinite, best = EarlyStopping(config.patience, config.min_delta), [], 0, 0, None
+    identity = {**{k: v for k, v in dataclasses.asdict(config).items()
+                   if k not in ("max_hours", "save_every", "precision", "log_every")}, "data": sampler.fingerprint()}
+    path = folder / "checkpoint.pt" if folder else None
+    if path and path.is_file():
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in identity.items():
+            if saved["identity"].get(name) != value:
+                raise ValueError(f"{path} was made with {name} {saved['identity'].get(name)!r} and this run has {value!r}; "
+                                 "choose another run name or the same settings.")
+        objective.load_state_dict(saved["objective"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        if accelerator.scaler is not None and saved["scaler"]:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        _set_random_state(saved["random"][rank] if rank < len(saved["random"]) else saved["random"][0])
+        vars(stopper).update(saved["stopper"])
+        log, step, nonfinite, best = saved["log"], saved["step"], saved["nonfinite"], saved["best"]
+
+    def save() -> None:
+        states = [_random_state()]
+        if world > 1:
+            states = accelerate.utils.gather_object(states)
+        if main and path:
+            save_checkpoint(path, {
+                "identity": identity, "objective": objective.state_dict(), "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(), "random": states, "stopper": dict(vars(stopper)), "log": log,
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
+                "step": step, "nonfinite": nonfinite, "best": best})
+            write_atomically(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+
+    def agreed(value: float) -> float:
+        """The largest value of any process, so that all of them decide alike."""
+        if world == 1:
+            return value
+        return max(accelerate.utils.gather_object([value]))
+
+    per_step, tokens_per_step = config.batch_size * config.grad_accum, config.batch_size * config.grad_accum * config.seq_len
+    share = config.batch_size // world
+    stopped = "completed" if step >= config.steps else ""
+    if step and stopper.patience is not None and step - stopper.mark_step >= stopper.patience:
+        stopped = "early stopping"
+    begin, first_step, trained_seconds = time.perf_counter(), step, 0.0
+    bar = tqdm(total=config.steps, initial=step, desc=description, unit="step", disable=not main, mininterval=1.0)
+    try:
+        while not stopped:
+            clock = time.perf_counter()
+            want_ce = step % config.log_every == 0 or step + 1 == config.steps
+            sums: dict[str, float] = {}
+            culprit, loss_value = None, 0.0
+            for micro in range(config.grad_accum):
+                start = step * per_step + micro * config.batch_size + rank * share
+                inputs, labels = (t.to(accelerator.device) for t in sampler.batch(start, share))
+                last = micro + 1 == config.grad_accum
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    loss, terms = model(inputs, labels, step=step, want_ce=want_ce)
+                    value = float(loss.detach())
+                    if agreed(float(not math.isfinite(value))):
+                        culprit = next((f"{k} is {float(v)}" for k, v in terms.items() if not math.isfinite(float(v))),
+                                       f"loss is {value}")
+                        break
+                    accelerator.backward(loss / config.grad_accum)
+                loss_value += value / config.grad_accum
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(term.detach()) / config.grad_accum
+            if culprit:
+                nonfinite += 1
+                if nonfinite > config.nonfinite_limit:
+                    raise NonFiniteLoss(f"Step {step}: {culprit}; {nonfinite} steps were not finite, at most "
+                                        f"{config.nonfinite_limit} are skipped. A lower lr or fp32 may help.")
+            else:
+                norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
+                optimizer.step()
+            optimizer.zero_grad()
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
+            step += 1
+            trained_seconds += time.perf_counter() - clock
+            if want_ce and not culprit:
+                speed = (step - first_step) * tokens_per_step / trained_seconds
+                if world > 1:
+                    every = accelerate.utils.gather_object([{**sums, "loss": loss_value}])
+                    sums = {k: sum(row[k] for row in every) / world for k in every[0]}
+                    loss_value = sums.pop("loss")
+                log.append({"step": step, "loss": loss_value, **sums, "lr": lr, "grad_norm": norm,
+                            "tokens_per_second": round(speed)})
+                postfix = {"loss": f"{loss_value:.3f}", "tok/s": f"{speed:,.0f}"}
+                if "ce" in sums:
+                    postfix["ppl"] = f"{math.exp(min(20.0, sums['ce'])):.1f}"
+                if math.isfinite(stopper.best):
+                    postfix["val ppl"] = f"{stopper.best:.1f}"
+                bar.set_postfix(postfix, refresh=False)
+            bar.update(1)
+            if evaluate_now and (step % config.eval_every == 0 or step == config.steps):
+                measured = [evaluate_now() if main else {}]
+                if world > 1:
+                    accelerate.utils.broadcast_object_list(measured)
+                objective.train()
+                row = {"step": step, **{f"val_{k}": v for k, v in measured[0].items()}}
+                log.append(row)
+                improved, stop = stopper.update(step, row["val_ppl"])
+                if improved:
+                    best = {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v
+                            for k, v in objective.state_dict().items()}
+                if hasattr(objective, "on_evaluation"):
+                    objective.on_evaluation(step, row["val_ppl"])
+                if stop:
+                    stopped = "early stopping"
+            if step >= config.steps:
+                stopped = "completed"
+            elif not stopped and max_steps is not None and step - first_step >= max_steps:
+                stopped = "session limit"
+            elif not stopped and config.max_hours is not None and agreed(
+                    float(time.perf_counter() - begin >= 3600 * config.max_hours)):
+                stopped = "time budget"
+            if stopped or step % config.save_every == 0:
+                save()
+    except KeyboardInterrupt:
+        save()
+        raise
+    finally:
+        bar.close()
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast ends with the training
+    if best is not None:
+        objective.load_state_dict(best)
+    seconds = time.perf_counter() - begin
+    done = step - first_step
+    optimizer.zero_grad(set_to_none=True)
+    accelerator.free_memory()
+    return FitResult(log, step, stopped, stopper.best, stopper.best_step, seconds,
+                     done * tokens_per_step / trained_seconds if done else 0.0, nonfinite, precision, peak_memory_gb())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of a model on tokens: exp of the summed negative log-likelihood over the tokens scored.
+
+    `nll_se` is the standard error of the mean NLL in nats, over windows; `bits_per_byte` and `word_ppl` need the
+    size of the text and are None for part of a split.
+    """
+
+    ppl: float
+    nll: float
+    nll_se: float
+    tokens: int
+    windows: int
+    seq_len: int
+    bits_per_byte: float | None
+    word_ppl: float | None
+    window_nll: np.ndarray = field(repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "window_nll"}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int = 8, windows: int | None = None,
+             size: dict[str, int] | None = None, precision: str = "no", description: str | None = None) -> Evaluation:
+    """Perplexity on consecutive non-overlapping windows of `seq_len` tokens, every position scored.
+
+    Each token but the very first of the split is predicted once, from the tokens before it in its window; the last
+    window may be shorter. NLL is summed in fp64 from fp32 log-probabilities. `precision` is what the matrix products
+    run in (`no` is fp32). `windows` takes only the first so many; `size` is `Corpus.size(split)`.
+    """
+    tqdm = import_optional("tqdm").tqdm
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    starts = list(range(0, len(tokens) - 1, seq_len))[:windows]
+    require(bool(starts), "tokens to evaluate", len(tokens), "at least 2")
+    full = [s for s in starts if s + seq_len < len(tokens)]
+    groups = [full[i:i + batch_size] for i in range(0, len(full), batch_size)] + [[s] for s in starts[len(full):]]
+    head = model.get_output_embeddings().weight
+    sums, counts = [], []
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    for group in tqdm(groups, desc=description, unit="batch", mininterval=1.0, disable=description is None):
+        rows = torch.from_numpy(np.stack([tokens[s:s + seq_len + 1].astype(np.int64) for s in group])).to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=precision != "no"):
+            hidden = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
+            nll = chunked_nll(hidden, head, rows[:, 1:])  # (B, T)
+        sums += nll.double().sum(1).tolist()
+        counts += [nll.shape[1]] * nll.shape[0]
+    model.train(training)
+    window, count = np.array(sums), np.array(counts)
+    total, scored = float(window.sum()), int(count.sum())
+    mean = total / scored
+    # Windows are the sampling unit: tokens inside one are not independent.
+    residual = window - mean * count
+    error = math.sqrt(len(window) / max(1, len(window) - 1) * float((residual**2).sum())) / scored
+    whole = size if windows is None else None
+    return Evaluation(math.exp(min(mean, 100.0)), mean, error, scored, len(window), seq_len,
+                      total / math.log(2) / whole["bytes"] if whole else None,
+                      math.exp(min(total / whole["words"], 100.0)) if whole else None, window / count)
+
+
+def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, float]:
+    """(gap, standard error): student PPL / teacher PPL on the same windows; the error is of the paired difference."""
+    require(student.tokens == teacher.tokens, "tokens of student and teacher", (student.tokens, teacher.tokens), "equal")
+    gap = student.ppl / teacher.ppl
+    difference = student.window_nll - teacher.window_nll
+    return gap, gap * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
+
+
+@torch.no_grad()
+def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
+    """{"layer.site": share of non-zero spikes} over the tokens of input_ids (B, T)."""
+    density: dict[str, float] = {}
+
+    def hook(name):
+        def count(_module, _inputs, output):
+            density[name] = float((output[0] != 0).float().mean())
+        return count
+
+    handles = [getattr(block.time_mix, f"spike_{site}").register_forward_hook(hook(f"{i}.{site}"))
+               for i, block in enumerate(transformer_blocks(student)) for site in student.config.spike_sites]
+    training = student.training
+    try:
+        student.eval().base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
+    finally:
+        student.train(training)
+        for handle in handles:
+            handle.remove()
+    return density
+
+
+def build_student(recipe: Recipe, teacher: Teacher, seed: int | None = None) -> GooseForCausalLM:
+    """A student for this teacher, its embeddings copied where the recipe says so.
+
+    Raises ValueError with both shapes when they do not fit.
+    """
+    seed_everything(recipe.seed if seed is None else seed)
+    source = teacher.model.get_input_embeddings().weight
+    special = {name: getattr(teacher.model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    student = GooseForCausalLM(recipe.student_config(source.shape[0], **special))
+    if recipe.embeddings_from_teacher:
+        target = student.get_input_embeddings().weight
+        if source.shape != target.shape:
+            raise ValueError(f"embeddings of teacher and student have shapes {tuple(source.shape)} and "
+                             f"{tuple(target.shape)}; choose d_model={source.shape[1]} or embeddings_from_teacher=False.")
+        with torch.no_grad():
+            target.copy_(source)
+            positions = getattr(teacher.model.base_model, "wpe", None)
+            if positions is not None:
+                rows = min(len(positions.weight), len(student.goose.positions.weight))
+                student.goose.positions.weight[:rows] = positions.weight[:rows]
+    return student
+
+
+def untrained_goose_teacher(recipe: Recipe, tokenizer: Any) -> Teacher:
+    """v4's teacher: a dense Goose with random weights. What a student can learn from it is noise."""
+    seed_everything(recipe.seed + 1)
+    config = recipe.student_config(len(tokenizer), spike_kind="dense", recurrence="chunked")
+    return Teacher(GooseForCausalLM(config).eval(), tokenizer, "untrained-goose")
+
+
+def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42, max_hours: float | None = None,
+                  ) -> tuple[Teacher, dict[str, Any]]:
+    """A GPT-2-architecture teacher of the profile's shape trained on the corpus, with a BPE trained on it.
+
+    Cached by content: a second call with the same corpus and profile loads it, an interrupted one resumes.
+    Returns the teacher and what is known of its training.
+    """
+    transformers = import_optional("transformers")
+    tokenizer = train_tokenizer(corpus, profile.vocab_size)
+    shape = {"vocab_size": len(tokenizer), "n_positions": seq_len, "n_embd": profile.teacher_width,
+             "n_layer": profile.teacher_layers, "n_head": profile.teacher_heads}
+    # A teacher that sees every window about once has nothing to gain from dropout.
+    config = transformers.GPT2Config(**shape, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+                                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    settings = FitConfig(profile.teacher_steps, profile.teacher_batch_size, profile.teacher_lr, seq_len,
+                         weight_decay=0.1, seed=seed, eval_every=10**9, save_every=200, max_hours=max_hours)
+    identity = {k: v for k, v in dataclasses.asdict(settings).items() if k != "max_hours"}
+    key = content_hash("teacher 1", corpus.hash, json.dumps([shape, identity], sort_keys=True))
+    folder = cache_folder() / "teachers" / key
+    name = f"gpt2-{profile.teacher_layers}x{profile.teacher_width}-{corpus.name}-{key[:6]}"
+    if not folder.is_dir():
+        tokens = tokenize_corpus(corpus, tokenizer)
+        seed_everything(seed)
+        model = transformers.GPT2LMHeadModel(config)
+        work = cache_folder() / "teachers" / f"{key}.training"
+        result = fit(LanguageModelling(model), WindowSampler(tokens["train"], seq_len, seed), settings, folder=work,
+                     description="teacher")
+        if not result.finished:
+            raise RuntimeError(f"the teacher's training stopped at step {result.step} of {settings.steps} "
+                               f"({result.stopped}); run again to go on.")
+        known = {"trained_steps": result.step, "seconds": round(result.seconds, 1),
+                 "tokens_per_second": round(result.tokens_per_second), "precision": result.precision}
+        with new_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_atomically(temporary / "training.json", json.dumps(known, indent=1))
+        shutil.rmtree(work, ignore_errors=True)
+    loaded = load_teacher(str(folder))
+    return Teacher(loaded.model, loaded.tokenizer, name), json.loads((folder / "training.json").read_text())
+
+
+def distillation_sampler(recipe: Recipe, tokens: np.ndarray, teacher: nn.Module) -> WindowSampler:
+    """The windows of a run in the recipe's order. POCL ranks the windows the run would draw by the teacher's NLL."""
+    sampler = WindowSampler(tokens, recipe.seq_len, recipe.seed)
+    if recipe.curriculum == "none":
+        return sampler
+    positions = recipe.distill_steps * recipe.batch_size * recipe.grad_accum
+    drawn = np.unique([sampler.index(p) for p in range(min(positions, sampler.windows))])
+    head, device = teacher.get_output_embeddings().weight, next(teacher.parameters()).device
+    difficulty = []
+    for start in range(0, len(drawn), recipe.batch_size):
+        inputs, labels = (t.to(device) for t in sampler.gather(drawn[start:start + recipe.batch_size]))
+        with torch.no_grad():
+            hidden = teacher.base_model(inputs, use_cache=False).last_hidden_state
+        difficulty += chunked_nll(hidden, head, labels).mean(1).tolist()
+    order = drawn[pocl_order(sampler, np.array(difficulty), positions)]
+    return WindowSampler(tokens, recipe.seq_len, recipe.seed, order)
+
+
+# ======================================================================================================
+# 11  Artefacts
+# ======================================================================================================
+
+
+def outputs_folder() -> Path:
+    """ASNN_OUTPUTS, else /kaggle/working/outputs on Kaggle, else outputs/ beside this file."""
+    if os.environ.get("ASNN_OUTPUTS"):
+        return Path(os.environ["ASNN_OUTPUTS"])
+    if where_am_i() == "kaggle":
+        return Path("/kaggle/working/outputs")
+    return Path(__file__).resolve().parent / "outputs" if where_am_i() == "local" else Path.cwd() / "outputs"
+
+
+def where_am_i() -> str:
+    """`kaggle`, `colab` or `local`. Kaggle is asked first: it sets Colab's variable too."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
+        return "kaggle"
+    return "colab" if os.environ.get("COLAB_RELEASE_TAG") else "local"
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions that a measurement belongs to."""
+    import importlib.metadata
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):
+        cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if line.startswith("model name")), cpu)
+    with contextlib.suppress(AttributeError):
+        cores = len(os.sched_getaffinity(0))
+    versions = {}
+    for package in ("torch", "transformers", "datasets", "accelerate", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    gpus = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+            for i in range(torch.cuda.device_count())]
+    return {"platform": where_am_i(), "cpu": cpu, "cores": cores if "cores" in locals() else os.cpu_count(),
+            "threads": torch.get_num_threads(), "gpus": gpus, "python": platform.python_version(), "versions": versions,
+            "asnn_common": __version__}
+
+
+class Run:
+    """The folder outputs/<version>/<name>/ of one run: config.json, env.json, metrics.json, log.jsonl, figures/,
+    student/.
+
+    A finished run is never touched again: asking for its name makes <name>-2. An unfinished one with the same
+    settings is resumed, one with other settings is left alone and a new folder is made.
+    """
+
+    def __init__(self, folder: Path, note: str):
+        self.folder, self.note = folder, note
+
+    @classmethod
+    def open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None = None) -> Run:
+        """Raises ValueError for a name with characters outside letters, digits, '.', '_' and '-'."""
+        name = name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        require(name.replace(".", "").replace("_", "").replace("-", "").isalnum(), "run name", name,
+                "letters, digits, '.', '_' and '-'")
+        base = (outputs or outputs_folder()) / version
+        text = json.dumps(config, indent=1, sort_keys=True)
+        for number in range(1, 10_000):
+            folder = base / (name if number == 1 else f"{name}-{number}")
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                (folder / "figures").mkdir()
+                write_atomically(folder / "config.json", text)
+                write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
+                why = "" if number == 1 else f" ({name} exists with other settings or is finished)"
+                return cls(folder, f"new run {folder.name}{why}")
+            settings = folder / "config.json"
+            if not (folder / "metrics.json").exists() and settings.is_file() and settings.read_text() == text:
+                return cls(folder, f"resuming unfinished run {folder.name}")
+        raise ValueError(f"run name {name} has been used 9,999 times; choose another.")
+
+    def figure(self, figure: Any, name: str) -> Path:
+        """Saves a matplotlib figure as figures/<name>.png."""
+        path = self.folder / "figures" / f"{name}.png"
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+        return path
+
+    def finish(self, metrics: dict[str, Any], student: nn.Module | None = None, tokenizer: Any = None) -> None:
+        """Saves the student with its model card, then metrics.json, whose presence marks the run as finished."""
+        if student is not None:
+            with new_folder(self.folder / "student") as temporary:
+                student.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+                write_atomically(temporary / "README.md", model_card(metrics))
+        write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True))
+        table = results_table(runs(self.folder.parent.parent))
+        write_atomically(self.folder.parent.parent / "index.md", f"# Runs\n\n{table}\n")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def runs(outputs: Path | None = None) -> list[dict[str, Any]]:
+    """The metrics of every finished run, oldest first."""
+    files = sorted((outputs or outputs_folder()).glob("*/*/metrics.json"), key=lambda p: p.stat().st_mtime)
+    return [json.loads(path.read_text()) for path in files]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One run check: what was asked, what was measured, and whether it passed; None where it does not apply."""
+
+    name: str
+    value: str
+    passed: bool | None
+
+
+def run_checks(recipe: Recipe, result: FitResult, ppl: float, target_ppl: float, previous_ppl: float | None,
+               density: dict[str, float], amplitudes: dict[str, float]) -> list[Check]:
+    """The founders' 12 checks of a run.
+
+    `target_ppl` and `previous_ppl` must be of the same corpus and teacher as `ppl`; None where there is no previous
+    one. density and amplitudes are per layer and site.
+    """
+    losses = [row["loss"] for row in result.log if "loss" in row]
+    fdd = [row["fdd"] for row in result.log if "fdd" in row]
+    tau = [row["tau"] for row in result.log if "tau" in row]
+    third = max(1, len(fdd) // 3)
+    before, after = (float(np.mean(part)) if fdd else math.nan for part in (fdd[:third], fdd[-third:]))
+    low, high = min(density.values()), max(density.values())
+    small, large = min(amplitudes.values()), max(amplitudes.values())
+    learned = recipe.temperature in ("bounded", "paper")
+    return [
+        Check("PPL under target", f"{ppl:.2f} < {target_ppl:.2f}", ppl < target_ppl),
+        Check("improved on the previous version", "no previous run on this corpus and teacher" if previous_ppl is None
+              else f"{ppl:.2f} < {previous_ppl:.2f}", None if previous_ppl is None else ppl < previous_ppl),
+        Check("density in [0.1, 0.9]", f"{low:.3f} to {high:.3f}", 0.1 <= low and high <= 0.9),
+        Check("amplitudes in [0.3, 3.0]", f"{small:.3f} to {large:.3f}", 0.3 <= small and large <= 3.0),
+        Check("training completed or stopped early", result.stopped, result.finished),
+        Check("no NaN or Inf loss", f"{result.nonfinite} steps skipped",
+              result.nonfinite == 0 and all(map(math.isfinite, losses))),
+        Check("memory under 8 GB", f"peak {result.peak_memory_gb:.2f} GiB", result.peak_memory_gb * 2**30 < 8e9),
+        Check("FDD active", f"{len(fdd)} logged values", bool(fdd) if recipe.fdd != "none" else None),
+        Check("tau evolved", f"{tau[0]:.3f} -> {tau[-1]:.3f}" if tau else "none",
+              abs(tau[-1] - tau[0]) > 1e-3 if learned and tau else None),
+        Check("early stopping worked", f"best {result.best_ppl:.2f} at step {result.best_step}, ended at {result.step}",
+              result.best_step > 0 and result.step - result.best_step <= recipe.patience),
+        Check("FDD loss decreased", f"{before:.3f} -> {after:.3f}" if fdd else "none",
+              after < before if fdd else (False if recipe.fdd != "none" else None)),
+        Check("step budget met", f"{result.step} of {recipe.distill_steps}", result.step <= recipe.distill_steps),
+    ]
+
+
+def results_table(metrics: list[dict[str, Any]]) -> str:
+    """Markdown table of runs: measured values, whole test split unless the row says otherwise."""
+    lines = ["| run | recipe | corpus, teacher | student | steps | test PPL teacher | test PPL student | gap ± s.e. "
+             "(windows) | bits/byte | density | tokens/s | hardware |", "|" + "---|" * 12]
+    for m in metrics:
+        test, gap = m["student"]["test"], m["gap"]["test"]
+        density = list(m["student"]["density"].values())
+        bits = f"{test['bits_per_byte']:.3f}" if test["bits_per_byte"] else "part of the split"
+        env = m["environment"]
+        hardware = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
+        lines.append(
+            f"| {m['run']} | {m['version']} | {m['corpus']['name']} {m['corpus']['hash'][:6]}, {m['teacher']['name']} | "
+            f"{m['student']['parameters'] / 1e6:.1f}M | {m['training']['step']} | {m['teacher']['test']['ppl']:.2f} | "
+            f"{test['ppl']:.2f} | {gap['value']:.3f} ± {gap['standard_error']:.3f} ({test['windows']}) | {bits} | "
+            f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | {hardware} |")
+    return "\n".join(lines)
+
+
+def model_card(metrics: dict[str, Any]) -> str:
+    """README.md of a saved student, from the metrics of its run."""
+    m, test = metrics, metrics["student"]["test"]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [spiking, ternary, rwkv, distillation]
+---
+# ASNN-Goose {m['version']}, run {m['run']}
+
+A recurrent language model whose keys and values are ternary spikes {{-1, 0, +1}}, {m['student']['parameters']:,}
+parameters, distilled from {m['teacher']['name']} on {m['corpus']['name']} (content hash {m['corpus']['hash']}).
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+student = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+
+Measured on the test split, {test['tokens']:,} tokens in windows of {test['seq_len']}, each token scored once:
+
+{results_table([m])}
+
+The context is a state of fixed size. Positions are learned up to {test['seq_len']} tokens; later tokens share the last
+one, a length the model was not trained for. Batches need padding on the left. bfloat16 and float16 weights run, with
+states, decays and losses in float32.
+"""
