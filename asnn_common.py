@@ -127,55 +127,31 @@ class GooseConfig(PreTrainedConfig):
                  decay_init: str = "spread", mix_init: str = "spread", output_order: str = "gate_first",
                  spike_kind: str = "ternary", spike_sites: tuple[str, ...] = ("k", "v"), threshold: str = "token",
                  granularity: str = "scalar", alpha_init: float = 1.0, amplitude_init: float = 1.0,
-                 estimator: str = "clipped", use_cache: bool = True, tie_word_embeddings: bool = True, **kwargs):
-        for name, value in (("vocab_size", vocab_size), ("d_model", d_model), ("n_layer", n_layer),
-                            ("n_positions", n_positions)):
-            require(isinstance(value, int) and value >= 1, name, value, "a whole number from 1")
+                 estimator: str = "clipped", use_cache: bool = True, tie_word_embeddings: bool = True,
+                 bos_token_id: int | None = None, eos_token_id: int | None = None, pad_token_id: int | None = None,
+                 **kwargs):
+        values = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        for name in ("vocab_size", "d_model", "n_layer", "n_positions"):
+            require(isinstance(values[name], int) and values[name] >= 1, name, values[name], "a whole number from 1")
         require(ffn_width is None or ffn_width >= 1, "ffn_width", ffn_width, "None (4 * d_model) or a number from 1")
-        for name, value, allowed in (("state_kind", state_kind, ("vector",)),
-                                     ("recurrence", recurrence, ("chunked", "reference", "cumsum")),
-                                     ("decay_init", decay_init, ("spread", "published")),
-                                     ("mix_init", mix_init, ("spread", "published")),
-                                     ("output_order", output_order, ("gate_first", "project_first")),
-                                     ("threshold", threshold, THRESHOLDS),
-                                     ("granularity", granularity, GRANULARITIES),
-                                     ("estimator", estimator, ESTIMATORS)):
-            require(value in allowed, name, value, ", ".join(allowed))
+        for name, allowed in (("state_kind", ("vector",)), ("recurrence", ("chunked", "reference", "cumsum")),
+                              ("decay_init", ("spread", "published")), ("mix_init", ("spread", "published")),
+                              ("output_order", ("gate_first", "project_first")), ("threshold", THRESHOLDS),
+                              ("granularity", GRANULARITIES), ("estimator", ESTIMATORS)):
+            require(values[name] in allowed, name, values[name], ", ".join(allowed))
         require(tuple(spike_sites) == ("k", "v"), "spike_sites", spike_sites, "('k', 'v')")
         spike_levels(spike_kind)
-        require(alpha_init > 0, "alpha_init", alpha_init, "a number above 0")
-        require(amplitude_init > 0, "amplitude_init", amplitude_init, "a number above 0")
-        base = {name for name in dir(PreTrainedConfig) if not name.startswith("__")}
+        for name in ("alpha_init", "amplitude_init"):
+            require(values[name] > 0, name, values[name], "a number above 0")
         # What the library itself writes into config.json passes; a misspelt field of ours does not.
-        library = base | set(PreTrainedConfig().to_dict()) | {"auto_map", "torch_dtype", "attn_implementation"}
-        reject_unknown((key for key in kwargs if not key.startswith("_") and key not in library),
-                       ["vocab_size", "d_model", "n_layer", "n_positions", "ffn_width", "activation",
-                        "layer_norm_epsilon", "initializer_range", "state_kind", "recurrence", "decay_init",
-                        "mix_init", "output_order", "spike_kind", "spike_sites", "threshold", "granularity",
-                        "alpha_init", "amplitude_init", "estimator", "use_cache", "tie_word_embeddings"],
-                       "GooseConfig")
-        self.vocab_size = vocab_size
-        self.d_model = d_model
-        self.n_layer = n_layer
-        self.n_positions = n_positions
-        self.ffn_width = ffn_width or 4 * d_model
-        self.activation = activation
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.initializer_range = initializer_range
-        self.state_kind = state_kind
-        self.recurrence = recurrence
-        self.decay_init = decay_init
-        self.mix_init = mix_init
-        self.output_order = output_order
-        self.spike_kind = spike_kind
-        self.spike_sites = list(spike_sites)
-        self.threshold = threshold
-        self.granularity = granularity
-        self.alpha_init = alpha_init
-        self.amplitude_init = amplitude_init
-        self.estimator = estimator
-        self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        library = {*dir(PreTrainedConfig), *PreTrainedConfig().to_dict(), "auto_map", "torch_dtype",
+                   "attn_implementation"}
+        reject_unknown((k for k in kwargs if not k.startswith("_") and k not in library), values, "GooseConfig")
+        values.update(ffn_width=ffn_width or 4 * d_model, spike_sites=list(spike_sites))
+        for name, value in values.items():
+            setattr(self, name, value)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id,
+                         eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -641,31 +617,54 @@ def recurrence_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
     return (gate * S.unsqueeze(1)).to(k.dtype), S
 
 
+def _scan(update: Tensor, decay: Tensor, S: Tensor, chunk: int) -> Tensor:
+    """S_t = decay * S_{t-1} + update_t over dimension 1: update (B, T, D), decay (D,), S (B, D) -> (B, T, D).
+
+    Inside all chunks at once by doubling: after the step with lag s every entry holds the sum over its last 2s
+    updates, because sum_{j<2s} w^j = (1 + w^s) * sum_{j<s} w^j as shift operators. Then one carry per chunk.
+    """
+    B, T, D = update.shape
+    n = -(-T // chunk)
+    states = F.pad(update, (0, 0, 0, n * chunk - T)).view(B, n, chunk, D)  # zeros at the end change nothing before
+    states = states.clone() if n * chunk == T else states
+    power, lag = decay, 1
+    while lag < chunk:
+        states[:, :, lag:] += power * states[:, :, :-lag]
+        power, lag = power * power, 2 * lag
+    powers = decay.unsqueeze(0).pow(torch.arange(1, chunk + 1, device=decay.device).unsqueeze(1))  # (C, D): w .. w^C
+    for i in range(n):
+        states[:, i] += powers * S.unsqueeze(1)
+        S = states[:, i, -1]
+    return states.view(B, n * chunk, D)[:, :T]
+
+
+class _VectorScan(torch.autograd.Function):
+    """Gradients of a linear recurrence are the same recurrence run backwards; only the states are kept."""
+
+    @staticmethod
+    def forward(ctx, update: Tensor, decay: Tensor, S: Tensor, chunk: int) -> Tensor:
+        states = _scan(update, decay, S, chunk)
+        ctx.save_for_backward(states, decay, S)
+        ctx.chunk = chunk
+        return states
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        states, decay, S = ctx.saved_tensors
+        back = _scan(grad.flip(1), decay, torch.zeros_like(S), ctx.chunk).flip(1)  # (B, T, D)
+        before = torch.cat((S.unsqueeze(1), states[:, :-1]), 1)
+        return back, (back * before).sum((0, 1)), decay * back[:, 0], None
+
+
 def recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None,
                        chunk: int = 32) -> tuple[Tensor, Tensor]:
-    """The loop in chunks of `chunk` tokens: one product with a lower triangle of decay powers inside a chunk, and a
-    carry between chunks. Powers of w have exponents >= 0 only, so that nothing overflows for any w in (0, 1)."""
-    B, T, D = k.shape
-    if T == 1:
+    """The loop in chunks of `chunk` tokens (a power of two): log2(chunk) products over whole chunks and one carry
+    per chunk. Only powers of w with exponents >= 0 appear, so that nothing overflows for any w in (0, 1)."""
+    require(chunk >= 1 and chunk & (chunk - 1) == 0, "chunk", chunk, "a power of two")
+    if k.shape[1] == 1:
         return recurrence_step(r, k, v, w, state)
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
-    chunk = min(chunk, T)
-    n = -(-T // chunk)
-    padded = F.pad(update, (0, 0, 0, n * chunk - T))  # zeros after the last token touch nothing before it
-    blocks = padded.view(B, n, chunk, D)
-    steps = torch.arange(chunk, device=k.device)
-    lag = steps.unsqueeze(1) - steps  # (C, C), row t, column s: t - s
-    triangle = torch.where(lag >= 0, decay.view(D, 1, 1).pow(lag.clamp_min(0)), 0.0)  # (D, C, C)
-    inside = torch.matmul(triangle, blocks.permute(3, 2, 0, 1).reshape(D, chunk, B * n))  # (D, C, B*n)
-    inside = inside.view(D, chunk, B, n).permute(2, 3, 1, 0)  # (B, n, C, D)
-    powers = decay.unsqueeze(0).pow((steps + 1).unsqueeze(1))  # (C, D): w^1 .. w^C
-    carries = []
-    carry = S
-    for i in range(n):
-        carries.append(carry)
-        carry = powers[-1] * carry + inside[:, i, -1]
-    states = inside + powers * torch.stack(carries, 1).unsqueeze(2)  # (B, n, C, D)
-    states = states.reshape(B, n * chunk, D)[:, :T]
+    states = _VectorScan.apply(update, decay, S, chunk)
     return (gate * states).to(k.dtype), states[:, -1]
 
 
@@ -996,9 +995,11 @@ def count_parameters(model: nn.Module) -> int:
 # ======================================================================================================
 
 LOGIT_COPIES = 6  # fp32 (rows, V) tensors alive at once inside one chunk of the losses below
+LOGIT_BUDGET = {"cpu": 24 * 2**20, "cuda": 768 * 2**20}  # bytes for them: a share of the CPU's cache; of a T4's 16 GB
 
 
-def _rows_per_chunk(vocab_size: int, budget: int) -> int:
+def _rows_per_chunk(vocab_size: int, budget: int | None, device: torch.device) -> int:
+    budget = LOGIT_BUDGET.get(device.type, LOGIT_BUDGET["cpu"]) if budget is None else budget
     return max(1, budget // (4 * LOGIT_COPIES * vocab_size))
 
 
@@ -1025,7 +1026,7 @@ class _ChunkedDistillation(torch.autograd.Function):
             grad_head = torch.zeros(V, D, device=hidden.device) if needs else None
             kd, ce, grad_tau = (torch.zeros((), device=hidden.device) for _ in range(3))
             valid = 0 if labels is None else max(1, int((labels >= 0).sum()))
-            rows = _rows_per_chunk(V, budget)
+            rows = _rows_per_chunk(V, budget, hidden.device)
             for start in range(0, n, rows):
                 part = slice(start, min(n, start + rows))
                 h = hidden[part].detach().to(dtype)  # (R, D)
@@ -1087,10 +1088,10 @@ class DistillationLoss(NamedTuple):
 def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None = None,
                          teacher_head: Tensor | None = None, tau: Tensor | float = 1.0, labels: Tensor | None = None,
                          kd_weight: float = 1.0, ce_weight: float = 0.0, want_ce: bool = True,
-                         budget: int = 48 * 2**20) -> DistillationLoss:
+                         budget: int | None = None) -> DistillationLoss:
     """Distillation and cross-entropy from final hidden states, without (tokens, V) tensors.
 
-    Logits are made, used and dropped in chunks whose fp32 copies stay below `budget` bytes together; the gradients
+    Logits are made, used and dropped in chunks whose fp32 copies stay below `budget` bytes together (LOGIT_BUDGET); the gradients
     of hidden states, head and tau are formed in the same pass, so that the backward pass makes no logits again.
 
     Args:
@@ -1113,17 +1114,17 @@ def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor | 
 
 
 def chunked_kl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
-               tau: Tensor | float = 1.0, budget: int = 48 * 2**20) -> Tensor:
+               tau: Tensor | float = 1.0, budget: int | None = None) -> Tensor:
     """tau^2 KL(teacher || student) in nats per token; see `chunked_distillation`."""
     return chunked_distillation(hidden, head, teacher_hidden, teacher_head, tau, budget=budget).loss
 
 
 @torch.no_grad()
-def chunked_nll(hidden: Tensor, head: Tensor, labels: Tensor, budget: int = 48 * 2**20) -> Tensor:
+def chunked_nll(hidden: Tensor, head: Tensor, labels: Tensor, budget: int | None = None) -> Tensor:
     """Negative log-likelihood of each label in nats, in fp32: hidden (..., D), head (V, D), labels (...) -> (...)."""
     flat, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     dtype = _compute_dtype(hidden)
-    rows = _rows_per_chunk(head.shape[0], budget)
+    rows = _rows_per_chunk(head.shape[0], budget, hidden.device)
     weight = head.to(dtype)
     parts = [F.cross_entropy((flat[i:i + rows].to(dtype) @ weight.t()).float(), target[i:i + rows], reduction="none")
              for i in range(0, flat.shape[0], rows)]
@@ -1700,6 +1701,9 @@ def load_teacher(spec: str, attached_only: bool = False) -> Teacher:
         source = find_attached(is_model) or spec
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        for module in model.modules():
+            if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
+                module.act = nn.GELU(approximate="tanh")  # the same function in one kernel instead of eight
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:
         if Path(source).is_dir():
@@ -1914,7 +1918,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
     seed_everything(config.seed)
     objective.train()
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr, fused=True)
     scheduler = transformers.get_cosine_schedule_with_warmup(
         optimizer, round(config.warmup_ratio * config.steps), config.steps)
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -1984,7 +1988,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                         break
                     accelerator.backward(loss / config.grad_accum)
                 loss_value += value / config.grad_accum
-                for name, term in terms.items():
+                for name, term in terms.items() if want_ce else ():
                     sums[name] = sums.get(name, 0.0) + float(term.detach()) / config.grad_accum
             if culprit:
                 nonfinite += 1
@@ -2187,7 +2191,7 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
     shape = {"vocab_size": len(tokenizer), "n_positions": seq_len, "n_embd": profile.teacher_width,
              "n_layer": profile.teacher_layers, "n_head": profile.teacher_heads}
     # A teacher that sees every window about once has nothing to gain from dropout.
-    config = transformers.GPT2Config(**shape, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    config = transformers.GPT2Config(**shape, activation_function="gelu_pytorch_tanh", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
                                      bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     settings = FitConfig(profile.teacher_steps, profile.teacher_batch_size, profile.teacher_lr, seq_len,
                          weight_decay=0.1, seed=seed, eval_every=10**9, save_every=200, max_hours=max_hours)
