@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test notebooks check readme clean
+.PHONY: help env run test notebooks check readme bench clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -30,6 +30,10 @@ check: env  ## say what is wrong with the .ipynb files
 
 readme: env  ## update the README's tables
 	@$(VENV_PYTHON) .ci/readme.py
+
+bench: env  ## measure a training step and the full size
+	@$(VENV_PYTHON) .ci/bench.py step
+	@$(VENV_PYTHON) .ci/bench.py full
 
 clean:  ## remove the environment and all caches, but no outputs
 	rm -rf .venv .pytest_cache .ruff_cache

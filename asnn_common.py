@@ -299,12 +299,14 @@ def _history() -> dict[str, Recipe]:
                         inferred=v14.inferred + ("n_layer", "layer_map"))
     published = Recipe("v14.3-published", "D=768, lr 2e-4, warm-up 0.25, patience 800", "best", 306.89,
                        fdd="cka_delta", embeddings_from_teacher=True)
+    cumsum = published.replace(name="v14.3-cumsum", changed="v14.3-published with the founders' cumsum recurrence",
+                               outcome="", published_ppl=None, recurrence="cumsum")
     v14_3 = published.replace(
         name="v14.3", changed="the published recipe with its faults repaired: decays spread over sigmoid(0.5..6), "
         "token-shift mixes in [0.5, 1], an estimator that reaches theta, unbiased CKA", decay_init="spread",
         mix_init="spread", estimator="clipped", inferred=("decay_init", "mix_init", "estimator"))
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
-                                v14_3, published)}
+                                v14_3, published, cumsum)}
 
 
 RECIPES: dict[str, Recipe] = _history()
@@ -2244,11 +2246,10 @@ def distillation_sampler(recipe: Recipe, tokens: np.ndarray, teacher: nn.Module)
 
 
 def outputs_folder() -> Path:
-    """ASNN_OUTPUTS, else /kaggle/working/outputs on Kaggle, else outputs/ beside this file."""
+    """ASNN_OUTPUTS, else outputs/ beside this file, or in the working folder on Kaggle and Colab, where this file may be
+    in a read-only input."""
     if os.environ.get("ASNN_OUTPUTS"):
         return Path(os.environ["ASNN_OUTPUTS"])
-    if where_am_i() == "kaggle":
-        return Path("/kaggle/working/outputs")
     return Path(__file__).resolve().parent / "outputs" if where_am_i() == "local" else Path.cwd() / "outputs"
 
 

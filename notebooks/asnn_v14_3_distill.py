@@ -75,7 +75,7 @@ if importlib.util.find_spec("torch") is None:
 # The only cell to edit. `None` means: what the profile says.
 
 # %% tags=["parameters"]
-recipe = "v14.3"  # any version of the history: v4, v6 ... v14.2, v14.3, v14.3-published
+recipe = "v14.3"  # any version of the history: v4, v6 ... v14.2, v14.3, v14.3-published, v14.3-cumsum
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: ASNN_PROFILE, else by hardware
 corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with train.txt, validation.txt, test.txt
 teacher = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)
@@ -102,6 +102,7 @@ from IPython.display import display
 
 import asnn_common as asnn
 
+pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70)
 begin = time.perf_counter()
 size, reason = asnn.select_profile(profile)
 size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
@@ -312,7 +313,7 @@ measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, wi
             for name, model in (("teacher", master.model), ("student", student))}
 gaps = {split: asnn.perplexity_gap(measured["student"][split], measured["teacher"][split]) for split in ("validation", "test")}
 density = asnn.spike_density(student, peek)
-amplitudes = {f"{i}.{site}": float(getattr(block.time_mix, f"spike_{site}").amplitude.abs().mean())
+amplitudes = {f"{i}.{site}": float(getattr(block.time_mix, f"spike_{site}").amplitude.detach().abs().mean())
               for i, block in enumerate(asnn.transformer_blocks(student)) for site in student.config.spike_sites}
 
 
@@ -376,7 +377,7 @@ display(table.style.hide(axis="index") if "ipykernel" in sys.modules else table)
 # %%
 history = [{"version": r.name, "corpus, teacher": "WikiText-2, GPT-2 124M" if r.name != "v4" else "-", "PPL": r.published_ppl,
             "gap": r.published_ppl / 44.6 if r.published_ppl else None, "source": "published", "outcome": r.outcome}
-           for r in asnn.RECIPES.values() if r.name != "v14.3"]
+           for r in asnn.RECIPES.values() if r.name not in ("v14.3", "v14.3-cumsum")]
 for row in history:
     row["version"] = row["version"].removesuffix("-published")
 test = measured["student"]["test"]

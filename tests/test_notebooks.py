@@ -1,0 +1,140 @@
+"""The notebook of the distillation on a simulated Kaggle, as a script and through papermill; the README's tables."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asnn_common as asnn
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "notebooks" / "asnn_v14_3_distill"
+
+
+def listing(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
+
+
+def kaggle(tmp_path, depth):
+    """(environment, working folder, input folder) of a Kaggle session without a network; inputs lie `depth` deep."""
+    inputs, working = tmp_path / "kaggle" / "input", tmp_path / "kaggle" / "working"
+    below = inputs.joinpath(*["datasets", "someone"][:depth])
+    (below / "asnn-goose").mkdir(parents=True)
+    working.mkdir()
+    shutil.copy(ROOT / "asnn_common.py", below / "asnn-goose")
+    notebook = working / NOTEBOOK.with_suffix(".py").name
+    shutil.copy(NOTEBOOK.with_suffix(".py"), notebook)
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("ASNN_", "HF_", "PYTHONPATH", "MPLBACKEND"))}
+    nowhere = "http://127.0.0.1:9"
+    env = {**keep, "KAGGLE_KERNEL_RUN_TYPE": "Interactive", "COLAB_RELEASE_TAG": "set on Kaggle too", "HF_HUB_OFFLINE": "1",
+           "HTTPS_PROXY": nowhere, "HTTP_PROXY": nowhere, "ASNN_INPUTS": str(inputs), "ASNN_PROFILE": "tiny",
+           "ASNN_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path), "MPLBACKEND": "Agg"}
+    return env, working, below
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory):
+    """A folder with WikiText as the hub's parquet files and a GPT-2 with its tokenizer, both tiny."""
+    import pandas as pd
+    import transformers
+
+    folder = tmp_path_factory.mktemp("attached")
+    corpus = asnn.load_corpus("pydocs", 150_000)
+    data = folder / "wikitext" / "wikitext-2-raw-v1"
+    data.mkdir(parents=True)
+    for split in asnn.SPLITS:
+        lines = corpus.text(split).splitlines(keepends=True)
+        pd.DataFrame({"text": lines}).to_parquet(data / f"{split}-00000-of-00001.parquet")
+    tokenizer = asnn.train_tokenizer(corpus, 300)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=2, n_head=2,
+                                     bos_token_id=0, eos_token_id=0)
+    asnn.seed_everything(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    tokenizer.save_pretrained(folder / "gpt2")
+    return folder
+
+
+def metrics_of(working):
+    (path,) = working.glob("outputs/*/*/metrics.json")
+    return json.loads(path.read_text())
+
+
+def test_script_and_papermill_do_the_same_on_kaggle_without_a_network(tmp_path, attached):
+    results = []
+    for how, depth in (("script", 0), ("papermill", 2)):
+        env, working, below = kaggle(tmp_path / how, depth)
+        shutil.copytree(attached, below / "attached")
+        before = listing(below)
+        values = {"corpus": "wikitext-2", "teacher": "gpt2", "steps": 4, "run_name": "night"}
+        if how == "script":
+            notebook = working / NOTEBOOK.with_suffix(".py").name
+            source = notebook.read_text()
+            for name, value in values.items():
+                assert f"\n{name} = None" in source
+                source = source.replace(f"\n{name} = None", f"\n{name} = {value!r}", 1)
+            notebook.write_text(source)
+            command = [sys.executable, str(notebook)]
+        else:
+            shutil.copy(NOTEBOOK.with_suffix(".ipynb"), working)
+            pairs = [part for name, value in values.items() for part in ("-p", name, str(value))]
+            command = [sys.executable, "-m", "papermill", "--no-progress-bar", NOTEBOOK.with_suffix(".ipynb").name,
+                       "out.ipynb", *pairs]
+            env.pop("MPLBACKEND")
+        done = subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert listing(below) == before  # inputs are read-only on Kaggle
+        results.append(metrics_of(working))
+    script, papermill = results
+    assert script["environment"]["platform"] == "kaggle"
+    assert script["run"] == papermill["run"] == "night"
+    assert script["corpus"]["name"] == "wikitext-2" and script["teacher"]["name"] == "gpt2"
+    for key in ("gap", "corpus"):
+        assert script[key] == papermill[key]
+
+
+def test_notebook_without_hub_or_attachment_ends_in_one_sentence(tmp_path):
+    env, working, _ = kaggle(tmp_path, 1)
+    notebook = working / NOTEBOOK.with_suffix(".py").name
+    notebook.write_text(notebook.read_text().replace("\ncorpus = None", '\ncorpus = "wikitext-2"', 1))
+    done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    for way in ("attach it", "give a folder", "pydocs"):
+        assert way in last
+    assert not list(working.glob("outputs/*/*"))
+
+
+def test_bootstrap_says_what_to_do_when_the_module_is_nowhere(tmp_path):
+    env, working, below = kaggle(tmp_path, 1)
+    (below / "asnn-goose" / "asnn_common.py").unlink()
+    done = subprocess.run([sys.executable, str(working / NOTEBOOK.with_suffix(".py").name)], cwd=working, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and "attach it as a Kaggle dataset" in done.stderr.strip().splitlines()[-1]
+
+
+def load_readme_tool():
+    spec = importlib.util.spec_from_file_location("readme_tool", ROOT / ".ci" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_the_reference_results():
+    tool = load_readme_tool()
+    text, metrics = (ROOT / "README.md").read_text(), tool.reference_metrics()
+    assert metrics
+    assert tool.rendered(text, metrics) == text
+
+
+def test_readme_check_says_no():
+    tool = load_readme_tool()
+    text, metrics = (ROOT / "README.md").read_text(), tool.reference_metrics()
+    metrics[0]["student"]["test"]["ppl"] += 1.0
+    assert tool.rendered(text, metrics) != text
+    with pytest.raises(ValueError, match="has no place for the results"):
+        tool.rendered("no marks here", metrics)
