@@ -412,15 +412,16 @@ def select_device() -> tuple[torch.device, str]:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu"), "no CUDA device"
-    name = torch.cuda.get_device_name(0)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    name = torch.cuda.get_device_name(device)
     try:
-        torch.ones(8, device="cuda").mul_(2).sum().item()
+        torch.ones(8, device=device).mul_(2).sum().item()
     except RuntimeError as error:
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(0))
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         return torch.device("cpu"), (f"{name} ({arch}) has no kernels in this torch build "
                                      f"({', '.join(torch.cuda.get_arch_list())}): {str(error).splitlines()[0]}; on "
                                      "Kaggle choose Settings > Accelerator > GPU T4 x2")
-    return torch.device("cuda"), f"{name}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    return device, f"{name}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
 
 
 def select_precision(device: torch.device, asked: str = "auto") -> tuple[str, str]:
@@ -1309,7 +1310,7 @@ class Distiller(nn.Module):
         self.temperature = Temperature(recipe.temperature, recipe.tau, recipe.tau_min, recipe.tau_max,
                                        recipe.gradient_reversal, recipe.lambda_max, recipe.lambda_warmup_ratio)
         self.kill_switch = FDDKillSwitch(recipe.fdd_max_regression)
-        self._outside = [teacher.eval().requires_grad_(False)]
+        self._outside = [teacher.eval().requires_grad_(False), teacher.get_output_embeddings().weight]
         self._teacher_device = teacher_device
         n_student, n_teacher = len(transformer_blocks(student)), len(transformer_blocks(teacher))
         for s, t in recipe.layer_map:
@@ -1325,8 +1326,10 @@ class Distiller(nn.Module):
         return self._outside[0]
 
     def place_teacher(self, device: torch.device) -> None:
-        """Moves the teacher to `device`, or to the device that was asked for."""
+        """Moves the teacher to the device that was asked for, else to `device`; the head always to `device`, where
+        the loss is."""
         self._outside[0] = self.teacher.to(self._teacher_device or device)
+        self._outside[1] = self.teacher.get_output_embeddings().weight.to(device)
 
     def fdd_active(self, step: int) -> bool:
         return self.recipe.fdd != "none" and step >= self.recipe.fdd_start and not self.kill_switch.killed
@@ -1344,9 +1347,8 @@ class Distiller(nn.Module):
             hidden = self.student.base_model(input_ids, use_cache=False).last_hidden_state
         progress = step / recipe.distill_steps
         tau = self.temperature(progress).to(hidden.device)
-        teacher_head = teacher.get_output_embeddings().weight.to(hidden.device)
         loss, kd, ce = chunked_distillation(hidden, self.student.get_output_embeddings().weight,
-                                            teacher_hidden.to(hidden.device), teacher_head, tau, labels,
+                                            teacher_hidden.to(hidden.device), self._outside[1], tau, labels,
                                             recipe.kd_weight, recipe.ce_weight, want_ce)
         terms = {"kd": kd, "tau": tau.detach(), "lambda": torch.tensor(self.temperature.strength(progress))}
         if want_ce or recipe.ce_weight:
@@ -2290,10 +2292,22 @@ class Run:
 
     def __init__(self, folder: Path, note: str):
         self.folder, self.note = folder, note
+        self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes one writes
 
     @classmethod
     def open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None = None) -> Run:
-        """Raises ValueError for a name with characters outside letters, digits, '.', '_' and '-'."""
+        """Raises ValueError for a name with characters outside letters, digits, '.', '_' and '-'. Of several processes
+        the first opens the folder and tells the others."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls._open(version, name, config, outputs)
+        accelerate = import_optional("accelerate")
+        state = accelerate.PartialState(cpu=select_device()[0].type == "cpu")
+        told = [cls._open(version, name, config, outputs) if state.is_main_process else None]
+        accelerate.utils.broadcast_object_list(told)
+        return cls(told[0].folder, told[0].note)
+
+    @classmethod
+    def _open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None) -> Run:
         name = name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         require(name.replace(".", "").replace("_", "").replace("-", "").isalnum(), "run name", name,
                 "letters, digits, '.', '_' and '-'")
@@ -2321,13 +2335,16 @@ class Run:
 
     def show(self, figure: Any, name: str) -> None:
         """Saves a matplotlib figure as figures/<name>.png, shows it where a notebook is looking, and closes it."""
-        figure.savefig(self.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
+        if self.main:
+            figure.savefig(self.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
         if "ipykernel" in sys.modules:
             import_optional("IPython.display").display(figure)
         import_optional("matplotlib.pyplot").close(figure)
 
     def finish(self, metrics: dict[str, Any], student: nn.Module | None = None, tokenizer: Any = None) -> None:
         """Saves the student with its model card, then metrics.json, whose presence marks the run as finished."""
+        if not self.main:
+            return
         if student is not None:
             with new_folder(self.folder / "student") as temporary:
                 student.save_pretrained(temporary)

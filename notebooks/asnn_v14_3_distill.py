@@ -337,8 +337,9 @@ display(quality.style.hide(axis="index") if "ipykernel" in sys.modules else qual
 def sample(model, prompt_ids, new_tokens):
     asnn.seed_everything(seed)
     eos = master.tokenizer.eos_token_id
-    ids = model.generate(prompt_ids.to(device), attention_mask=torch.ones_like(prompt_ids).to(device), do_sample=True,
-                         temperature=0.8, top_k=40, max_new_tokens=new_tokens, pad_token_id=eos)
+    prompt_ids = prompt_ids.to(model.device)
+    ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), do_sample=True, temperature=0.8, top_k=40,
+                         max_new_tokens=new_tokens, pad_token_id=eos)
     return master.tokenizer.decode(ids[0, prompt_ids.shape[1]:], skip_special_tokens=True)
 
 
