@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
+# Waiting threads sleep: spinning ones slow each other tenfold when two programs share few cores.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help env run test notebooks check readme bench clean
 

@@ -1629,7 +1629,9 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Any:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        bpe.train_from_iterator(corpus.text("train").split(END_OF_TEXT), trainer)
+        tqdm = import_optional("tqdm").tqdm
+        documents = corpus.text("train").split(END_OF_TEXT)
+        bpe.train_from_iterator(tqdm(documents, desc="training the tokenizer", unit="document", mininterval=1.0), trainer)
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
                                                     pad_token=END_OF_TEXT, padding_side="left")
         with new_folder(folder) as temporary:
@@ -1805,7 +1807,8 @@ class FitConfig:
     @classmethod
     def from_recipe(cls, recipe: Recipe, **overrides: Any) -> FitConfig:
         names = {item.name for item in dataclasses.fields(cls)} & {item.name for item in dataclasses.fields(recipe)}
-        values = {"steps": recipe.distill_steps, **{name: getattr(recipe, name) for name in names}, **overrides}
+        log_every = max(1, min(10, recipe.distill_steps // 30))
+        values = {"steps": recipe.distill_steps, "log_every": log_every, **{name: getattr(recipe, name) for name in names}, **overrides}
         reject_unknown(values, (item.name for item in dataclasses.fields(cls)), "FitConfig")
         return cls(**values)
 

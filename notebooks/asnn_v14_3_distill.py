@@ -43,6 +43,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Threads that wait must sleep: on a shared machine with few cores, spinning ones slow the working ones tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def find_common():
     here = Path(globals().get("__file__", "notebook.py")).resolve().parent
@@ -91,8 +94,8 @@ run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritt
 # %%
 import dataclasses
 import json
-import math
 import time
+import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -100,7 +103,8 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-import asnn_common as asnn
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
+import asnn_common as asnn  # noqa: E402
 
 pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70)
 begin = time.perf_counter()
@@ -177,9 +181,9 @@ def draw_architecture(recipe, vocab_size):
     def arrow(x0, y0, x1, y1):
         axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "#444444"})
 
-    box(0.1, 2.3, 1.2, 1.0, f"embedding\nV={vocab_size:,}\nD={recipe.d_model}", plain)
-    box(1.7, 2.3, 0.9, 1.0, "LayerNorm", plain)
-    box(2.9, 2.3, 1.0, 1.0, "token shift\nx, previous x", plain)
+    box(0.0, 2.3, 1.1, 1.0, f"embedding\nV={vocab_size:,}\nD={recipe.d_model}", plain)
+    box(1.35, 2.3, 1.05, 1.0, "LayerNorm", plain)
+    box(2.65, 2.3, 1.25, 1.0, "token shift\nx, previous x", plain)
     for y, name in ((4.2, "k"), (2.95, "v"), (1.7, "r")):
         box(4.3, y, 0.8, 0.7, f"W_{name}", plain)
         arrow(3.9, 2.8, 4.3, y + 0.35)
@@ -198,10 +202,10 @@ def draw_architecture(recipe, vocab_size):
     box(4.3, 0.4, 3.3, 0.7, f"LayerNorm, W_1, {recipe.activation}, W_2  (F={4 * recipe.d_model})", plain)
     axes.plot([9.0, 9.4, 9.4, 7.6], [2.05, 2.05, 0.75, 0.75], color="#444444", linewidth=1)
     axes.text(9.45, 1.4, "+ x", fontsize=10)
-    arrow(1.3, 2.8, 1.7, 2.8)
-    arrow(2.6, 2.8, 2.9, 2.8)
+    arrow(1.1, 2.8, 1.35, 2.8)
+    arrow(2.4, 2.8, 2.65, 2.8)
     arrow(4.3, 0.75, 3.2, 0.75)
-    box(1.3, 0.4, 1.9, 0.7, f"+ x, next layer (L={recipe.n_layer}),\nthen the tied head", plain)
+    box(1.0, 0.4, 2.2, 0.7, f"+ x, next layer (L={recipe.n_layer}),\nthen the tied head", plain)
     axes.set_title(f"ASNN-Goose {recipe.name}: one of {recipe.n_layer} layers")
     return figure
 
@@ -278,7 +282,9 @@ def plot_curves(log, recipe):
     axes[0, 0].set(title="loss on training batches", ylabel="nats per token")
     axes[0, 0].legend()
     axes[0, 1].plot([row["step"] for row in checks], [row["val_ppl"] for row in checks], "o-")
-    axes[0, 1].set(title=f"validation perplexity, first {size.eval_windows} windows", yscale="log", ylabel="PPL")
+    axes[0, 1].set(title=f"validation perplexity, first {size.eval_windows} windows", ylabel="PPL")
+    if checks and checks[0]["val_ppl"] > 3 * min(row["val_ppl"] for row in checks):
+        axes[0, 1].set_yscale("log")
     axes[0, 2].plot(frame["step"], frame["tau"], label="tau")
     axes[0, 2].plot(frame["step"], frame["lambda"], label="lambda")
     axes[0, 2].set(title="temperature and gradient reversal")
