@@ -80,7 +80,8 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
 
 def reject_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
     """Raises ValueError that lists what exists when `given` has a name outside `known`."""
-    unknown = sorted(set(given) - set(known))
+    known = set(known)
+    unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{owner} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}.")
 
@@ -106,6 +107,12 @@ def spike_levels(kind: str) -> int:
     name, _, count = str(kind).partition(":")
     require(name == "integer" and count.isdigit() and 1 <= int(count) <= 127, "spike_kind", kind, allowed)
     return int(count)
+
+
+STUDENT_CHOICES = {
+    "recurrence": ("chunked", "reference", "cumsum"), "decay_init": ("spread", "published"),
+    "mix_init": ("spread", "published"), "output_order": ("gate_first", "project_first"), "threshold": THRESHOLDS,
+    "granularity": GRANULARITIES, "estimator": ESTIMATORS}
 
 
 class GooseConfig(PreTrainedConfig):
@@ -135,10 +142,7 @@ class GooseConfig(PreTrainedConfig):
         for name in ("vocab_size", "d_model", "n_layer", "n_positions"):
             require(isinstance(values[name], int) and values[name] >= 1, name, values[name], "a whole number from 1")
         require(ffn_width is None or ffn_width >= 1, "ffn_width", ffn_width, "None (4 * d_model) or a number from 1")
-        for name, allowed in (("state_kind", ("vector",)), ("recurrence", ("chunked", "reference", "cumsum")),
-                              ("decay_init", ("spread", "published")), ("mix_init", ("spread", "published")),
-                              ("output_order", ("gate_first", "project_first")), ("threshold", THRESHOLDS),
-                              ("granularity", GRANULARITIES), ("estimator", ESTIMATORS)):
+        for name, allowed in {"state_kind": ("vector",), **STUDENT_CHOICES}.items():
             require(values[name] in allowed, name, values[name], ", ".join(allowed))
         require(tuple(spike_sites) == ("k", "v"), "spike_sites", spike_sites, "('k', 'v')")
         spike_levels(spike_kind)
@@ -220,18 +224,23 @@ class Recipe:
 
     def __post_init__(self):
         for name, allowed in (("temperature", ("fixed", "bounded", "paper", "staged")),
-                              ("fdd", ("none", "cka_delta", "logit_lens")), ("curriculum", ("none", "pocl"))):
+                              ("fdd", ("none", "cka_delta", "logit_lens")), ("curriculum", ("none", "pocl")),
+                              *STUDENT_CHOICES.items()):
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
+        spike_levels(self.spike_kind)
         for name in ("d_model", "n_layer", "distill_steps", "batch_size", "grad_accum", "seq_len", "eval_every"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, f"Recipe.{name}", value, "a whole number from 1")
-        for name in ("lr", "clip", "tau", "tau_min", "alpha_init", "amplitude_init"):
-            require(getattr(self, name) > 0, f"Recipe.{name}", getattr(self, name), "a number above 0")
-        for name in ("warmup_ratio", "lambda_warmup_ratio", "lambda_max"):
-            require(0 <= getattr(self, name) <= 1, f"Recipe.{name}", getattr(self, name), "a number in [0, 1]")
-        for name in ("kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
-                     "min_delta"):
-            require(getattr(self, name) >= 0, f"Recipe.{name}", getattr(self, name), "a number from 0")
+        above, share = (lambda x: 0 < x < math.inf, "a number above 0"), (lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        least = lambda x: 0 <= x < math.inf, "a number from 0"  # noqa: E731
+        for (test, allowed), names in (
+                (above, ("lr", "clip", "tau", "tau_min", "tau_max", "alpha_init", "amplitude_init", "patience")),
+                (share, ("warmup_ratio", "lambda_warmup_ratio", "lambda_max")),
+                (least, ("kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
+                         "min_delta", "fdd_start", "fdd_max_regression"))):
+            for name in names:
+                value = getattr(self, name)
+                require(isinstance(value, (int, float)) and test(value), f"Recipe.{name}", value, allowed)
         require(self.temperature not in ("bounded", "paper") or self.tau_min < self.tau < self.tau_max,
                 "Recipe.tau", self.tau, f"between tau_min {self.tau_min} and tau_max {self.tau_max}, exclusive")
 
@@ -405,7 +414,7 @@ def select_profile(name: str | None = None) -> tuple[Profile, str]:
 
 
 def select_device() -> tuple[torch.device, str]:
-    """(device, reason): the first CUDA device on which an operation really runs, else the CPU.
+    """(device, reason): this process's CUDA device if an operation really runs on it, else the CPU.
 
     Some images carry no kernels for older cards (a P100 under a build for sm_70 and later), which only shows when
     something runs; the reason then says what to press.
@@ -477,7 +486,8 @@ class _TernarySpikeFunction(torch.autograd.Function):
         x, theta = ctx.saved_tensors
         if ctx.estimator == "identity":
             return grad, None, None, None, None, None
-        value, threshold, upstream = x.float(), theta.float().clamp_min(1e-12), grad.float()
+        # Where theta is 0 there is no scale: an input of zeros gets no gradient.
+        value, threshold, upstream = x.float(), theta.float().clamp_min(1e-12), grad.float() * (theta > 0)
         if ctx.estimator == "normalised":
             # The chord through (0, 0) and (reach, levels): scale-free, never zero.
             slope = ctx.levels / ((ctx.levels + 1) * threshold)
@@ -736,6 +746,7 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(D, D, bias=False)
         self.receptance = nn.Linear(D, D, bias=False)
         self.output = nn.Linear(D, D, bias=False)
+        self.output.into_residual = True
         spike = {name: getattr(config, name) for name in ("threshold", "granularity", "alpha_init", "amplitude_init",
                                                           "estimator")}
         self.spike_k = TernarySpike(D, config.spike_kind, **spike)
@@ -793,6 +804,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, config.ffn_width)
         self.activation = activations[config.activation]
         self.down = nn.Linear(config.ffn_width, config.d_model)
+        self.down.into_residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
@@ -835,12 +847,15 @@ class GoosePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GooseBlock"]
     _is_stateful = True
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False  # the loss is a mean over tokens; a Trainer divides it by its accumulation steps
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
+            # The branches into the residual stream start small, as in GPT-2.
+            small = math.sqrt(2 * self.config.n_layer) if getattr(module, "into_residual", False) else 1.0
+            nn.init.normal_(module.weight, std=std / small)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -856,10 +871,6 @@ class GoosePreTrainedModel(PreTrainedModel):
                 parameter = getattr(module, name)
                 if not getattr(parameter, "_is_hf_initialized", False):
                     parameter.copy_(value)
-        elif isinstance(module, GooseBlock):
-            # The branches into the residual stream start small, as in GPT-2.
-            for branch in (module.time_mix.output, module.ffn.down):
-                nn.init.normal_(branch.weight, std=std / math.sqrt(2 * self.config.n_layer))
 
 
 class GooseModel(GoosePreTrainedModel):
@@ -891,6 +902,8 @@ class GooseModel(GoosePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -898,9 +911,12 @@ class GooseModel(GoosePreTrainedModel):
         if attention_mask is not None:
             require(attention_mask.dim() == 2, "attention_mask", tuple(attention_mask.shape), "(B, T), 0 at padding")
             mask = attention_mask[:, -T:].to(x.device).bool()
+            # A state that has seen tokens stands for a token before the first one here.
+            seen_any = mask.new_zeros(B) if state is None else (state.position > 0).to(mask.device)
+            before = torch.cat((seen_any.unsqueeze(1), mask[:, :-1]), 1)
             if bool(mask.all()):
                 mask = None
-            elif use_cache and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            elif (use_cache or state is not None) and bool((before & ~mask).any()):
                 raise ValueError("attention_mask has padding after a token; a recurrent state needs padding on the "
                                  "left (tokenizer.padding_side = 'left') or use_cache=False.")
         counted = torch.ones(B, T, dtype=torch.long, device=x.device) if mask is None else mask.long()
@@ -919,8 +935,9 @@ class GooseModel(GoosePreTrainedModel):
         if use_cache:
             before = (0, 0) if state is None else (state.position, state.length)
             after = GooseState(tuple(layers), before[0] + seen[:, -1], before[1] + T)
-        return GooseOutput(last_hidden_state=x, state=after, hidden_states=tuple(hidden) if output_hidden_states
-                           else None)
+        result = GooseOutput(last_hidden_state=x, state=after,
+                             hidden_states=tuple(hidden) if output_hidden_states else None)
+        return result if return_dict in (None, True) else result.to_tuple()
 
 
 class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
@@ -952,7 +969,8 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
                 logits_to_keep: int | Tensor = 0, return_dict: bool | None = True, **unused: Any) -> GooseOutput:
         """input_ids (B, T) -> logits (B, T, V); `labels` (B, T) are shifted here and -100 is ignored, as in
         GPT2LMHeadModel. `logits_to_keep` keeps only the last so many positions, as `generate` asks."""
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
         out = self.goose(input_ids, attention_mask, state, inputs_embeds, use_cache, output_hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
             slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)
@@ -970,12 +988,19 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, state: GooseState | None = None,
                                       attention_mask: Tensor | None = None, use_cache: bool | None = None,
                                       inputs_embeds: Tensor | None = None, **unused: Any) -> dict[str, Any]:
-        seen = 0 if state is None else state.length
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, seen:]
-        if inputs_embeds is not None and state is None:
-            return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "use_cache": use_cache}
-        return {"input_ids": input_ids[:, seen:], "state": state, "attention_mask": attention_mask,
+        if inputs_embeds is not None and (state is None or input_ids.shape[1] == 0):
+            return {"inputs_embeds": inputs_embeds, "state": state, "attention_mask": attention_mask,
+                    "use_cache": use_cache}
+        if state is not None:
+            # The mask covers all tokens, those of the state included; input_ids may hold all of them or the new ones.
+            total = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
+            new = (total if attention_mask is None else attention_mask.shape[1]) - state.length
+            if new < 1:
+                raise ValueError(f"The state has seen {state.length} tokens and no new one follows; give generate all "
+                                 "tokens, or the new ones with the attention_mask of all.")
+            input_ids = input_ids[:, -new:]
+            attention_mask = None if attention_mask is None else attention_mask[:, -new:]
+        return {"input_ids": input_ids, "state": state, "attention_mask": attention_mask,
                 "use_cache": use_cache}
 
     def _reorder_cache(self, state: GooseState, beam_idx: Tensor) -> GooseState:

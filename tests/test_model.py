@@ -1,0 +1,692 @@
+"""The model: saving and loading, generation with and without the cache, padding, causality, gradients."""
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import asnn_common as asnn
+
+V = 50
+SHAPE = {"vocab_size": V, "d_model": 32, "n_layer": 3, "n_positions": 24, "pad_token_id": 0}
+ORDERS = ("gate_first", "project_first")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The products are too small to be shared between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(shake=True, **options):
+    """A model whose parameters are all away from their start values, so that a lost one shows."""
+    torch.manual_seed(0)
+    model = asnn.GooseForCausalLM(asnn.GooseConfig(**{**SHAPE, **options})).eval()
+    if shake:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.dim() == 2:
+                    p.normal_(std=0.6 if "embeddings" in name or "positions" in name else 0.25)
+                elif "decay" in name:
+                    p.copy_(torch.linspace(-1, 4, p.numel()))
+                else:
+                    p.add_(0.2 * torch.rand_like(p))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(threshold="mixed", granularity="channel")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """models(threshold, order): one of each, built once."""
+    made = {}
+
+    def get(threshold="token", order="gate_first"):
+        key = threshold, order
+        if key not in made:
+            made[key] = build(threshold=threshold, output_order=order)
+        return made[key]
+    return get
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, V, (3, 12))
+
+
+def left_padded(ids, pads):
+    ids, mask = ids.clone(), torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    return ids, mask
+
+
+def assert_same_state(a, b):
+    assert torch.equal(a.position, b.position) and a.length == b.length
+    for one, other in zip(a.layers, b.layers):
+        torch.testing.assert_close(one.S, other.S, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.shift, other.shift, rtol=1e-4, atol=1e-4)
+        for x, y in zip((one.k_statistics, one.v_statistics), (other.k_statistics, other.v_statistics)):
+            assert (x is None) == (y is None)
+            if x is not None:
+                torch.testing.assert_close(x.total, y.total, rtol=1e-4, atol=1e-4)
+                assert torch.equal(x.count, y.count)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# ---- saving and loading --------------------------------------------------------------------------
+
+PROGRAM = """
+import importlib.util, json, sys
+folder, result, *blocked = sys.argv[1:]
+assert importlib.util.find_spec("asnn_common") is None
+sys.modules.update({name: None for name in blocked})
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = torch.arange(1, 13).unsqueeze(0)
+with torch.no_grad():
+    logits = model(ids).logits
+tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+tied = model.lm_head.weight is model.get_input_embeddings().weight
+json.dump({"logits": logits.tolist(), "tokens": tokens.tolist(), "tied": tied, "class": type(model).__name__,
+           "loaded": sorted(name for name in blocked if sys.modules.get(name))}, open(result, "w"))
+"""
+BLOCKED = ("accelerate", "datasets", "matplotlib")
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "student"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(saved, tmp_path_factory):
+    """Two processes that have nothing but the folder, started first so that they run beside the other tests."""
+    started = {}
+    for name, blocked in (("plain", ()), ("blocked", BLOCKED)):
+        place = tmp_path_factory.mktemp(name)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HF_", "ASNN_"))}
+        environment.update(HF_MODULES_CACHE=str(place / "modules"), HF_HOME=str(place / "hf"), HF_HUB_OFFLINE="1",
+                           OMP_NUM_THREADS="1")
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(saved), str(place / "result.json"), *blocked],
+                                   cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
+        started[name] = process, place / "result.json"
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.communicate()
+
+
+def test_init_values_are_what_the_config_asks():
+    """post_init must not wipe decays, mixes and thresholds."""
+    model = build(shake=False, alpha_init=0.77, amplitude_init=1.53, granularity="channel", initializer_range=0.05)
+    for block in model.goose.blocks:
+        mix = block.time_mix
+        for spike in (mix.spike_k, mix.spike_v):
+            assert spike.alpha.unique().tolist() == pytest.approx([0.77])
+            assert spike.amplitude.unique().tolist() == pytest.approx([1.53])
+        for name, value in mix.initial().items():
+            assert torch.equal(getattr(mix, name), value)
+        assert mix.key.weight.std().item() == pytest.approx(0.05, rel=0.15)
+        for branch in (mix.output, block.ffn.down):
+            assert branch.weight.std().item() == pytest.approx(0.05 / 6**0.5, rel=0.15)
+    assert model.lm_head.weight.std().item() == pytest.approx(0.05, rel=0.15)
+
+
+def test_save_and_load_keep_every_parameter_and_the_logits(model, saved, ids):
+    loaded = asnn.GooseForCausalLM.from_pretrained(saved)
+    assert not loaded.training
+    expected = dict(model.named_parameters())
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, expected.pop(name)), name
+    assert not expected
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_what_a_checkpoint_lacks_gets_its_start_value_and_the_rest_is_kept(model, tmp_path):
+    lacking = ("decay_logit", "spike_k.alpha", "output.weight")
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(lacking)}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded = asnn.GooseForCausalLM.from_pretrained(tmp_path)
+    for name, p in loaded.named_parameters():
+        if not name.endswith(lacking):
+            assert torch.equal(p, model.get_parameter(name)), name
+    for block in loaded.goose.blocks:
+        assert torch.equal(block.time_mix.decay_logit, block.time_mix.initial()["decay_logit"])
+        assert block.time_mix.spike_k.alpha.unique().tolist() == [1.0]
+        assert block.time_mix.output.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["decay_logit", "alpha", "amplitude", "mix_k"])
+def test_the_saved_model_was_away_from_its_start_values(model, name):
+    fresh = dict(build(shake=False, threshold="mixed", granularity="channel").named_parameters())
+    for key, p in model.named_parameters():
+        assert name not in key or (p != fresh[key]).all()
+
+
+def test_saved_folder_holds_the_code_and_names_its_classes(saved):
+    assert (saved / "asnn_common.py").read_bytes() == Path(asnn.__file__).read_bytes()
+    config = json.loads((saved / "config.json").read_text())
+    assert config["auto_map"] == {"AutoConfig": "asnn_common.GooseConfig",
+                                  "AutoModelForCausalLM": "asnn_common.GooseForCausalLM"}
+    assert (saved / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_in_half_precision(saved, dtype, ids):
+    loaded = asnn.GooseForCausalLM.from_pretrained(saved, dtype=dtype)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert loaded(ids).logits.isfinite().all()
+
+
+def test_register_auto_classes(model, saved, ids):
+    asnn.register_auto_classes()
+    asnn.register_auto_classes()  # a second call changes nothing
+    assert isinstance(AutoConfig.for_model("goose", **SHAPE), asnn.GooseConfig)
+    assert type(AutoConfig.from_pretrained(saved)) is asnn.GooseConfig
+    assert type(AutoModelForCausalLM.from_config(asnn.GooseConfig(**SHAPE))) is asnn.GooseForCausalLM
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert type(loaded) is asnn.GooseForCausalLM
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_head_is_tied_before_and_after_loading(model, saved):
+    loaded = asnn.GooseForCausalLM.from_pretrained(saved)
+    for one in (model, loaded):
+        assert one.lm_head.weight is one.goose.embeddings.weight
+        assert asnn.count_parameters(one) == asnn.count_parameters(one.goose)
+    with torch.no_grad():
+        loaded.goose.embeddings.weight[3] = 7.0
+    assert (loaded.lm_head.weight[3] == 7.0).all()
+
+
+def test_head_may_be_untied(tmp_path, ids):
+    model = build(tie_word_embeddings=False)
+    assert asnn.count_parameters(model) == asnn.count_parameters(model.goose) + V * 32
+    model.save_pretrained(tmp_path)
+    loaded = asnn.GooseForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is not loaded.goose.embeddings.weight
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_resized_embeddings_stay_tied(ids):
+    model = build()
+    before = model(ids).logits
+    model.resize_token_embeddings(V + 6)
+    assert model.lm_head.weight is model.goose.embeddings.weight and model.config.vocab_size == V + 6
+    close(model(ids).logits[..., :V], before)
+
+
+# ---- positions, outputs, losses ------------------------------------------------------------------
+
+
+def test_positions_continue_past_n_positions_with_the_last_one(model):
+    ids = torch.randint(1, V, (2, 60))
+    logits, state = model(ids).logits, None
+    pieces = []
+    for part in ids.split(25, 1):
+        out = model(part, state=state)
+        state = out.state
+        pieces.append(out.logits)
+    close(torch.cat(pieces, 1), logits)
+    assert logits.isfinite().all() and state.position.tolist() == [60, 60]
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (2, 65)
+
+
+def test_labels_give_the_shifted_cross_entropy(model, ids):
+    labels = ids.clone()
+    labels[0, :5] = -100
+    labels[2, 7] = -100
+    out = model(ids, labels=labels)
+    log_p = out.logits[:, :-1].log_softmax(-1)
+    terms = [-log_p[b, t, labels[b, t + 1]] for b in range(3) for t in range(11) if labels[b, t + 1] != -100]
+    torch.testing.assert_close(out.loss, torch.stack(terms).mean())
+    assert len(terms) == 33 - 4 - 1
+    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_loss_is_that_of_gpt2s_convention(ids):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=8, n_layer=1, n_head=1, n_positions=16)).eval()
+    out = gpt2(ids, labels=ids)
+    torch.testing.assert_close(F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), out.loss)
+
+
+def test_gradient_accumulation_by_the_trainer_is_not_counted_twice(model, ids):
+    """A trainer leaves the division by the number of tokens to a forward that takes any keyword, unless the model
+    says that it does not."""
+    if getattr(model, "accepts_loss_kwargs", True):
+        plain = model(ids, labels=ids).loss
+        torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=66).loss, plain * 33 / 66)
+
+
+def test_training_step_as_a_trainer_calls_it(ids):
+    model = build().train()
+    before = model(input_ids=ids, labels=ids).loss
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert model(input_ids=ids, labels=ids).loss < before
+
+
+def test_hidden_states_follow_gpt2(model, ids):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=3, n_head=1, n_positions=24)).eval()
+    theirs = gpt2(ids, output_hidden_states=True).hidden_states
+    ours = model(ids, output_hidden_states=True).hidden_states
+    assert [h.shape for h in ours] == [h.shape for h in theirs]
+    goose = model.goose
+    assert torch.equal(ours[0], goose.embeddings(ids) + goose.positions(torch.arange(12)))
+    assert torch.equal(ours[1], goose.blocks[0](ours[0])[0])
+    assert torch.equal(ours[2], goose.blocks[1](ours[1])[0])
+    assert torch.equal(ours[3], goose.ln_f(goose.blocks[2](ours[2])[0]))
+    assert torch.equal(ours[3], goose(ids).last_hidden_state)
+    assert torch.equal(model.lm_head(ours[3]), model(ids).logits)
+    assert model(ids).hidden_states is None
+
+
+def test_hidden_states_may_be_asked_for_by_the_config(ids):
+    model = build(output_hidden_states=True)
+    assert len(model(ids).hidden_states) == 4
+    assert model(ids, output_hidden_states=False).hidden_states is None
+
+
+def test_return_dict_false_gives_a_tuple(model, ids):
+    out = model(ids, labels=ids)
+    loss, logits, state = model(ids, labels=ids, return_dict=False)
+    assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits)
+    assert_same_state(state, out.state)
+    assert len(model(ids, use_cache=False, return_dict=False)) == 1
+
+
+def test_return_dict_false_gives_a_tuple_from_the_base_model_too(model, ids):
+    hidden, state = model.goose(ids, return_dict=False)
+    assert torch.equal(hidden, model.goose(ids).last_hidden_state) and isinstance(state, asnn.GooseState)
+
+
+def test_inputs_embeds_equal_input_ids(model, ids):
+    embeds = model.get_input_embeddings()(ids)
+    out = model(inputs_embeds=embeds, labels=ids)
+    assert torch.equal(out.logits, model(ids).logits) and torch.equal(out.loss, model(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("given", [(), ("input_ids", "inputs_embeds")])
+def test_exactly_one_of_ids_and_embeds(model, ids, given):
+    inputs = {"input_ids": ids, "inputs_embeds": model.get_input_embeddings()(ids)}
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds, and not both"):
+        model(**{name: inputs[name] for name in given})
+
+
+def test_four_dimensional_masks_are_refused(model, ids):
+    with pytest.raises(ValueError, match=r"attention_mask is \(3, 1, 12, 12\); allowed: \(B, T\), 0 at padding"):
+        model(ids, attention_mask=torch.ones(3, 1, 12, 12))
+
+
+@pytest.mark.parametrize("keep, index", [(0, slice(None)), (1, slice(-1, None)), (4, slice(-4, None)),
+                                         (torch.tensor([2, 5]), [2, 5])])
+def test_logits_to_keep(model, ids, keep, index):
+    close(model(ids, logits_to_keep=keep).logits, model(ids).logits[:, index])
+
+
+def test_cache_is_off_in_training_and_as_asked(model, ids):
+    assert model(ids).state is not None and model(ids, use_cache=False).state is None
+    assert build().train()(ids).state is None
+    assert build(use_cache=False)(ids).state is None
+
+
+# ---- causality -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+def test_a_changed_token_changes_nothing_before_it_nor_in_other_sequences(models, ids, threshold, training, order):
+    model = models(threshold, order).train(training)
+    before = model(ids).logits
+    for t in (0, 5, 11):
+        changed = ids.clone()
+        changed[1, t] = ids[1, t] % (V - 1) + 1
+        after = model(changed).logits
+        assert torch.equal(before[1, :t], after[1, :t]) and torch.equal(before[[0, 2]], after[[0, 2]])
+        assert (before[1, t:] != after[1, t:]).any(-1).all()
+    model.eval()
+
+
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+def test_no_gradient_comes_from_the_future(models, ids, threshold):
+    model = models(threshold)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embeds).logits[1, 6].sum().backward()
+    reached = embeds.grad.abs().sum(-1) > 0
+    assert reached[1, :7].all()
+    assert not reached[1, 7:].any() and not reached[[0, 2]].any()
+    model.zero_grad()
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5,), (3, 4, 9), tuple(range(1, 12))])
+@pytest.mark.parametrize("threshold, order", list(itertools.product(asnn.THRESHOLDS, ORDERS)))
+def test_prefill_by_chunks_equals_one_pass(models, ids, threshold, order, cuts):
+    model = models(threshold, order)
+    whole, state, logits, start = model(ids), None, [], 0
+    for end in (*cuts, 12):
+        out = model(ids[:, start:end], state=state)
+        logits.append(out.logits)
+        state, start = out.state, end
+    close(torch.cat(logits, 1), whole.logits)
+    assert_same_state(state, whole.state)
+
+
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@pytest.mark.parametrize("full_mask", [True, False])
+def test_left_padded_prefill_by_chunks_equals_one_pass(models, ids, threshold, full_mask):
+    model = models(threshold)
+    padded, mask = left_padded(ids, (0, 3, 8))  # the last row's first chunk is padding throughout
+    whole = model(padded, attention_mask=mask)
+    first = model(padded[:, :5], attention_mask=mask[:, :5])
+    second = model(padded[:, 5:], attention_mask=mask if full_mask else mask[:, 5:], state=first.state)
+    for row, pad in enumerate((0, 3, 8)):
+        got = torch.cat((first.logits, second.logits), 1)[row, pad:]
+        close(got, whole.logits[row, pad:])
+    assert_same_state(second.state, whole.state)
+    assert second.state.position.tolist() == [12, 9, 4] and second.state.length == 12
+
+
+def test_state_does_not_grow_with_the_tokens_seen(model):
+    def size(T):
+        layers = model(torch.randint(1, V, (2, T))).state.layers
+        return sum(x.numel() for layer in layers for x in (layer.S, layer.shift, *layer.k_statistics,
+                                                           *layer.v_statistics))
+    assert size(3) == size(50)
+
+
+def test_reorder_takes_the_states_of_the_sequences(model, ids):
+    state, index = model(ids).state, torch.tensor([2, 2, 0, 1])
+    assert_same_state(state.reorder(index), model(ids[index]).state)
+
+
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+def test_left_padded_batch_equals_the_singles(models, ids, threshold):
+    model = models(threshold)
+    padded, mask = left_padded(ids, (0, 3, 8))
+    out = model(padded, attention_mask=mask)
+    for row, pad in enumerate((0, 3, 8)):
+        single = model(ids[row:row + 1, pad:])
+        close(out.logits[row, pad:], single.logits[0])
+        close(out.state.layers[-1].S[row], single.state.layers[-1].S[0])
+
+
+def test_what_stands_at_a_pad_does_not_matter(model, ids):
+    padded, mask = left_padded(ids, (0, 3, 8))
+    other = torch.where(mask.bool(), padded, torch.full_like(padded, 17))
+    a, b = (model(x, attention_mask=mask).logits[mask.bool()] for x in (padded, other))
+    assert torch.equal(a, b)
+
+
+def test_right_padded_batch_equals_the_singles_without_cache(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    close(logits[1, :7], model(ids[1:2, :7]).logits[0])
+    close(logits[0], model(ids[:1]).logits[0])
+
+
+def test_padding_after_a_token_is_refused_with_a_cache(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    with pytest.raises(ValueError, match="attention_mask has padding after a token; .*on the left.*use_cache=False"):
+        model(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("full_mask", [True, False])
+def test_padding_after_the_tokens_of_a_state_is_refused(model, ids, full_mask):
+    state = model(ids).state
+    mask = torch.ones(3, 4, dtype=torch.long)
+    mask[1, :2] = 0  # on the left of these tokens, and after those of the state
+    if full_mask:
+        mask = torch.cat((torch.ones_like(ids), mask), 1)
+    with pytest.raises(ValueError, match="attention_mask has padding after a token"):
+        model(ids[:, :4], attention_mask=mask, state=state)
+
+
+def test_recurrences_agree_and_the_founders_formula_does_not(ids):
+    long = torch.randint(1, V, (2, 48))
+    logits = {name: build(recurrence=name)(long).logits for name in ("chunked", "reference", "cumsum")}
+    close(logits["chunked"], logits["reference"])
+    assert (logits["cumsum"][:, 30:] - logits["reference"][:, 30:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+def test_half_precision_runs_with_an_fp32_state(ids, threshold, dtype):
+    model = build(threshold=threshold).to(dtype)
+    out = model(ids, labels=ids)
+    assert out.logits.dtype == dtype and out.logits.isfinite().all() and out.loss.isfinite()
+    assert {layer.S.dtype for layer in out.state.layers} == {torch.float32}
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (3, 16)
+    padded, mask = left_padded(ids, (0, 3, 8))
+    assert model(padded, attention_mask=mask).logits.isfinite().all()
+
+
+def test_half_precision_is_close_to_fp32_without_spikes(ids):
+    """Spikes near their threshold may flip, so that the dense twin is what can be compared."""
+    exact = build(spike_kind="dense")(ids).logits
+    for dtype, bound in ((torch.float16, 0.01), (torch.bfloat16, 0.08)):
+        logits = build(spike_kind="dense").to(dtype)(ids).logits.float()
+        assert (logits - exact).norm() / exact.norm() < bound
+
+
+# ---- initial decays and mixes --------------------------------------------------------------------
+
+
+def blind_layers(model, ids):
+    """Layers whose time mix does not answer to the current token."""
+    found = []
+    for i, block in enumerate(model.goose.blocks):
+        x = torch.randn(1, 6, 32)
+        changed = x.clone()
+        changed[:, -1] = torch.randn(32)
+        before, after = block.time_mix(x)[0], block.time_mix(changed)[0]
+        if torch.equal(before[:, -1], after[:, -1]):
+            found.append(i)
+    return found
+
+
+def test_spread_decays_and_mixes_have_the_documented_ranges():
+    for block in build(shake=False).goose.blocks:
+        w = torch.sigmoid(block.time_mix.decay_logit)
+        assert w.min().item() == pytest.approx(torch.sigmoid(torch.tensor(0.5)).item())
+        assert w.max().item() == pytest.approx(torch.sigmoid(torch.tensor(6.0)).item())
+        assert w.unique().numel() == 32
+        for name in ("mix_k", "mix_v", "mix_r"):
+            mix = getattr(block.time_mix, name)
+            assert (mix.min().item(), mix.max().item()) == pytest.approx((0.5, 1.0))
+
+
+def test_published_decays_and_mixes_are_the_published_ones():
+    for i, block in enumerate(build(shake=False, decay_init="published", mix_init="published").goose.blocks):
+        assert torch.sigmoid(block.time_mix.decay_logit).unique().tolist() == pytest.approx([0.378], abs=1e-3)
+        assert block.time_mix.mix_k.unique().tolist() == pytest.approx([1 - i / 2])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mix_init, blind", [("spread", []), ("published", [2])])
+def test_only_published_mixes_leave_a_layer_blind_to_the_current_token(ids, mix_init, blind, order):
+    assert blind_layers(build(shake=False, mix_init=mix_init, output_order=order), ids) == blind
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@pytest.mark.parametrize("estimator", ["clipped", "normalised"])
+def test_gradients_reach_every_parameter(ids, estimator, threshold, order):
+    model = build(estimator=estimator, threshold=threshold, granularity="channel", output_order=order).train()
+    model(ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+def test_identity_gives_alpha_no_gradient(ids):
+    model = build(estimator="identity").train()
+    model(ids, labels=ids).loss.backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == {name for name, _ in model.named_parameters() if "alpha" in name} and len(without) == 6
+
+
+def test_gradients_flow_through_a_given_state(ids):
+    model = build().train()
+    state = model(ids[:, :6], use_cache=True).state
+    loss = model(ids[:, 6:], state=state).logits.square().mean()
+    first_tokens = sorted(set(ids[:, :6].flatten().tolist()) - set(ids[:, 6:].flatten().tolist()))
+    model.lm_head.weight.grad = None
+    gradient = torch.autograd.grad(loss, model.goose.positions.weight)[0]
+    assert first_tokens and gradient[:6].any(1).all() and gradient[6:12].any(1).all()
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+SETTINGS = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
+            "beams": {"do_sample": False, "num_beams": 3},
+            "several beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2}}
+
+
+def generate(model, ids, **options):
+    torch.manual_seed(5)
+    return model.generate(ids, **{"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, **options})
+
+
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_generation_with_the_cache_equals_without(models, ids, threshold, setting):
+    model, options = models(threshold), SETTINGS[setting]
+    cached = generate(model, ids, use_cache=True, **options)
+    assert torch.equal(cached, generate(model, ids, use_cache=False, **options))
+    assert cached.shape == (3 * options.get("num_return_sequences", 1), 22)
+    assert cached[:, 12:].unique().numel() > 3  # a constant would hide a broken cache
+
+
+def test_greedy_generation_is_the_argmax_of_the_logits(model, ids):
+    expected = ids
+    for _ in range(6):
+        expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(generate(model, ids, max_new_tokens=6), expected)
+
+
+def test_sampling_follows_the_seed(model, ids):
+    options = SETTINGS["sampling"]
+    one = generate(model, ids, **options)
+    assert torch.equal(one, generate(model, ids, **options))
+    torch.manual_seed(6)
+    assert not torch.equal(one, model.generate(ids, max_new_tokens=10, pad_token_id=0, **options))
+
+
+def test_generation_with_the_cache_feeds_one_token_a_step(model, ids):
+    lengths = []
+    handle = model.register_forward_pre_hook(lambda _m, _a, given: lengths.append(given["input_ids"].shape[1]),
+                                             with_kwargs=True)
+    try:
+        generate(model, ids, max_new_tokens=4)
+        generate(model, ids, max_new_tokens=4, use_cache=False)
+    finally:
+        handle.remove()
+    assert lengths == [12, 1, 1, 1, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@pytest.mark.parametrize("setting", ["greedy", "beams"])
+def test_left_padded_generation_equals_the_singles(models, ids, threshold, setting):
+    model = models(threshold)
+    padded, mask = left_padded(ids, (0, 3, 8))
+    for use_cache in (True, False):
+        batch = generate(model, padded, attention_mask=mask, use_cache=use_cache, **SETTINGS[setting])
+        for row, pad in enumerate((0, 3, 8)):
+            single = generate(model, ids[row:row + 1, pad:], **SETTINGS[setting])
+            assert torch.equal(batch[row, pad:], single[0])
+
+
+@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+def test_a_given_state_continues_a_conversation(models, ids, threshold):
+    model = models(threshold)
+    state = model(ids[:, :7]).state
+    assert torch.equal(generate(model, ids, state=state), generate(model, ids))
+
+
+def test_a_second_turn_continues_the_state_of_the_first(model, ids):
+    first = generate(model, ids, return_dict_in_generate=True)
+    state = model(first.sequences).state
+    both = torch.cat((first.sequences, ids[:, :4]), 1)
+    assert torch.equal(generate(model, both, state=state), generate(model, both))
+
+
+def test_a_given_state_continues_with_new_tokens_and_the_mask_of_all(models, ids):
+    model = models("mixed")
+    padded, mask = left_padded(ids, (0, 3, 5))
+    state = model(padded[:, :7], attention_mask=mask[:, :7]).state
+    expected = generate(model, padded, attention_mask=mask)
+    assert torch.equal(generate(model, padded, attention_mask=mask, state=state), expected)
+    assert torch.equal(generate(model, ids[:, 7:], attention_mask=mask, state=state), expected[:, 7:])
+
+
+def test_a_state_without_the_tokens_it_has_seen_is_refused(model, ids):
+    state = model(ids[:, :7]).state
+    with pytest.raises(ValueError, match="state"):
+        generate(model, ids[:, 7:], state=state)
+
+
+def test_generation_from_embeds_equals_that_from_ids(model, ids):
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(generate(model, None, inputs_embeds=embeds), generate(model, ids)[:, 12:])
+
+
+def test_text_generation_pipeline(model):
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, pipeline
+    words = Tokenizer(kinds.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
+    speak = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    texts = ["w3 w4 w5 w6 w7", "w9 w10"]
+    answers = speak(texts, batch_size=2, do_sample=False, max_new_tokens=5, return_full_text=False)
+    for text, answer in zip(texts, answers):
+        expected = generate(model, torch.tensor([[int(w[1:]) for w in text.split()]]), max_new_tokens=5)[0, -5:]
+        assert answer[0]["generated_text"].split() == [f"w{i}" for i in expected.tolist()]
+
+
+# ---- the folder alone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "blocked"])
+def test_the_folder_alone_is_enough(programs, model, name):
+    """In a process that cannot import the project, and in one that has none of what only training needs."""
+    process, result = programs[name]
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    got, ids = json.loads(result.read_text()), torch.arange(1, 13).unsqueeze(0)
+    torch.testing.assert_close(torch.tensor(got["logits"]), model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert got["tokens"] == model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    assert (got["class"], got["tied"], got["loaded"]) == ("GooseForCausalLM", True, [])
