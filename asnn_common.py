@@ -897,7 +897,8 @@ class GooseModel(GoosePreTrainedModel):
         """input_ids (B, T) -> last hidden state (B, T, D).
 
         `attention_mask` is (B, T), or (B, seen + T) as `generate` passes it, 1 at tokens and 0 at padding. With a
-        state, padding stands on the left: a pad after a token would age the state, and raises ValueError. Positions
+        state, padding stands on the left: a pad after a token would age the state, and raises ValueError where a state
+        is given or asked for. Positions
         count tokens without padding; past n_positions the last one is kept, so that a sequence may go on.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -906,6 +907,7 @@ class GooseModel(GoosePreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
+        asked = use_cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         mask = None
         if attention_mask is not None:
@@ -917,8 +919,11 @@ class GooseModel(GoosePreTrainedModel):
             if bool(mask.all()):
                 mask = None
             elif (use_cache or state is not None) and bool((before & ~mask).any()):
-                raise ValueError("attention_mask has padding after a token; a recurrent state needs padding on the "
-                                 "left (tokenizer.padding_side = 'left') or use_cache=False.")
+                if asked is None and state is None:
+                    use_cache = False  # nobody asked for a state: a padded evaluation batch needs none
+                else:
+                    raise ValueError("attention_mask has padding after a token; a recurrent state needs padding on the "
+                                     "left (tokenizer.padding_side = 'left') or use_cache=False.")
         counted = torch.ones(B, T, dtype=torch.long, device=x.device) if mask is None else mask.long()
         seen = counted.cumsum(1)
         start = 0 if state is None else state.position.unsqueeze(1)
@@ -969,8 +974,7 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
                 logits_to_keep: int | Tensor = 0, return_dict: bool | None = True, **unused: Any) -> GooseOutput:
         """input_ids (B, T) -> logits (B, T, V); `labels` (B, T) are shifted here and -100 is ignored, as in
         GPT2LMHeadModel. `logits_to_keep` keeps only the last so many positions, as `generate` asks."""
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
+        use_cache = False if use_cache is None and self.training else use_cache
         out = self.goose(input_ids, attention_mask, state, inputs_embeds, use_cache, output_hidden_states)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else (
             slice(None) if isinstance(logits_to_keep, int) else logits_to_keep)

@@ -109,7 +109,9 @@ def test_docstrings_are_found_below_a_long_licence():
 
 
 AWKWARD = ("def f(x):\n    if x:\n        return 1\n\n\n    y = 2\n\nText\n\n\nmore text \n  \n = Heading = \n\n "
-           "Naïve café — 日本語のテキスト 🦢🦢\n\tTabbed\r\nWindows line\n'quoted'\n  's\n'll start\n123\n\n456\n" + "long " * 60
+           "Naïve café — 日本語のテキスト 🦢🦢\n\tTabbed\r\n"
+           "Windows line\n'quoted'\n  's\n'll start\n123\n\n456\n"
+           + "long " * 60
            + asnn.END_OF_TEXT + "\n\nafter the end\n" + asnn.END_OF_TEXT + "x" * 90 + "\n\n  \n\nlast")
 
 

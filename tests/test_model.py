@@ -458,7 +458,10 @@ def test_padding_after_a_token_is_refused_with_a_cache(model, ids):
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     with pytest.raises(ValueError, match="attention_mask has padding after a token; .*on the left.*use_cache=False"):
-        model(ids, attention_mask=mask)
+        model(ids, attention_mask=mask, use_cache=True)
+    out = model(ids, attention_mask=mask)  # an evaluation batch asks for no state and gets none
+    assert out.state is None
+    close(out.logits[1, :7], model(ids[1:2, :7]).logits[0])
 
 
 @pytest.mark.parametrize("full_mask", [True, False])
