@@ -44,6 +44,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
@@ -84,6 +85,10 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> No
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{owner} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def import_optional(name: str) -> Any:
@@ -241,8 +246,11 @@ class Recipe:
             for name in names:
                 value = getattr(self, name)
                 require(isinstance(value, (int, float)) and test(value), f"Recipe.{name}", value, allowed)
-        require(self.temperature not in ("bounded", "paper") or self.tau_min < self.tau < self.tau_max,
-                "Recipe.tau", self.tau, f"between tau_min {self.tau_min} and tau_max {self.tau_max}, exclusive")
+        low, high = (1.0, 21.0) if self.temperature == "paper" else (self.tau_min, self.tau_max)
+        require(self.temperature not in ("bounded", "paper") or low < self.tau < high, "Recipe.tau", self.tau,
+                f"between {low} and {high}, exclusive, for temperature {self.temperature}")
+        require(not self.variance_penalty or self.granularity == "channel", "Recipe.variance_penalty",
+                self.variance_penalty, "0, or a number with granularity='channel'")
 
     def replace(self, **overrides: Any) -> Recipe:
         """A copy with other values. Raises ValueError for a name that is no field, listing those that are."""
@@ -428,13 +436,13 @@ def select_device() -> tuple[torch.device, str]:
     except RuntimeError as error:
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         return torch.device("cpu"), (f"{name} ({arch}) has no kernels in this torch build "
-                                     f"({', '.join(torch.cuda.get_arch_list())}): {str(error).splitlines()[0]}; on "
+                                     f"({', '.join(torch.cuda.get_arch_list())}): {_first_line(error)}; on "
                                      "Kaggle choose Settings > Accelerator > GPU T4 x2")
     return device, f"{name}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
 
 
 def select_precision(device: torch.device, asked: str = "auto") -> tuple[str, str]:
-    """(precision, reason) with precision `fp16`, `bf16` or `no` (fp32), in the names of accelerate.
+    """(precision, reason) with precision `fp32`, `fp16` or `bf16`.
 
     bf16 needs compute capability 8.0 on a GPU (`torch.cuda.is_bf16_supported` says True on a T4, where it is
     emulated and slow) and AVX512-BF16 or AMX on an x86 CPU.
@@ -442,14 +450,14 @@ def select_precision(device: torch.device, asked: str = "auto") -> tuple[str, st
     allowed = ("auto", "fp32", "fp16", "bf16")
     require(asked in allowed, "precision", asked, ", ".join(allowed))
     if asked != "auto":
-        return {"fp32": "no"}.get(asked, asked), f"{asked}: asked for"
+        return asked, f"{asked}: asked for"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major >= 8:
             return "bf16", f"bf16: compute capability {major}.{minor} is at least 8.0"
         return "fp16", f"fp16 with a GradScaler: compute capability {major}.{minor} is below 8.0"
     flags = _cpu_bf16_flags()
-    return ("bf16", f"bf16: the CPU has {', '.join(flags)}") if flags else ("no", "fp32: the CPU has no bf16 units")
+    return ("bf16", f"bf16: the CPU has {', '.join(flags)}") if flags else ("fp32", "fp32: the CPU has no bf16 units")
 
 
 def _cpu_bf16_flags() -> list[str]:
@@ -1027,7 +1035,7 @@ def count_parameters(model: nn.Module) -> int:
 # 5  Losses
 # ======================================================================================================
 
-LOGIT_COPIES = 6  # fp32 (rows, V) tensors alive at once inside one chunk of the losses below
+LOGIT_COPIES = 8  # fp32 (rows, V) tensors alive at once inside one chunk of the losses below
 LOGIT_BUDGET = {"cpu": 24 * 2**20, "cuda": 768 * 2**20}  # bytes for them: a share of the CPU's cache; of a T4's 16 GB
 
 
@@ -1273,7 +1281,8 @@ def capture_blocks(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int
                                output[0] if isinstance(output, tuple) else output)
         return keep
 
-    handles = [blocks[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
+    chosen = {layer: blocks[layer] for layer in layers}
+    handles = [block.register_forward_hook(hook(layer), with_kwargs=True) for layer, block in chosen.items()]
     try:
         yield captured
     finally:
@@ -1639,7 +1648,9 @@ def _wikitext(name: str) -> Corpus:
         else:
             data = datasets.load_dataset("Salesforce/wikitext", config)
     except Exception as error:  # the hub client raises a dozen unrelated types when there is no network
-        raise HubUnavailable(name, str(error).splitlines()[0][:120]) from error
+        if attached:
+            raise ValueError(f"attached corpus {attached} cannot be read: {_first_line(error)}") from error
+        raise HubUnavailable(name, _first_line(error)[:120]) from error
     with new_folder(folder) as temporary:
         for split in SPLITS:
             (temporary / f"{split}.txt").write_text("".join(data[split]["text"]), encoding="utf-8")
@@ -1692,13 +1703,23 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray]:
     return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
 
 
+def _cuttable(text: str, i: int) -> bool:
+    """True where the pre-tokenizer's runs of whitespace end alike whether or not the text goes on: after a newline,
+    before a word with its space, or before a word when no other whitespace stands before the newline."""
+    if text[i - 1] != "\n":
+        return False
+    if text[i] == " ":
+        return i + 1 < len(text) and not text[i + 1].isspace()
+    return not text[i].isspace() and not text[i - 2:i - 1].isspace()
+
+
 def _pieces(text: str, size: int = 1 << 16) -> list[str]:
     """Cuts text into pieces of about `size` characters, only where a line begins with a visible character: a
     byte-level BPE never has a token across such a place, so that the ids are those of the whole text."""
     pieces, start = [], 0
     while start < len(text):
         end = start + size
-        while end < len(text) and not (text[end - 1] == "\n" and not text[end].isspace()):
+        while end < len(text) and not _cuttable(text, end):
             end = text.find("\n", end) + 1 or len(text)
         pieces.append(text[start:end])
         start = end
@@ -1714,7 +1735,7 @@ class Teacher:
     name: str
 
 
-def load_teacher(spec: str, attached_only: bool = False) -> Teacher:
+def load_teacher(spec: str) -> Teacher:
     """A teacher by folder or hub id (`gpt2`); `ref` is the folder teacher/ of ASNN_REF.
 
     A folder attached as an input whose path contains the id is taken before the hub is asked. Raises HubUnavailable.
@@ -1742,9 +1763,9 @@ def load_teacher(spec: str, attached_only: bool = False) -> Teacher:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:
         if Path(source).is_dir():
-            raise ValueError(f"teacher folder {source} cannot be loaded: {str(error).splitlines()[0]}") from error
-        raise HubUnavailable(f"teacher {spec!r}", str(error).splitlines()[0][:120]) from error
-    return Teacher(model.eval(), tokenizer, Path(source).name if isinstance(source, Path) else spec)
+            raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}") from error
+        raise HubUnavailable(f"teacher {spec!r}", _first_line(error)[:120]) from error
+    return Teacher(model.eval(), tokenizer, Path(spec).name if Path(spec).is_dir() else spec)
 
 
 class WindowSampler:
@@ -1795,7 +1816,7 @@ def pocl_order(sampler: WindowSampler, difficulty: np.ndarray, positions: int) -
     for stage in range(3):
         pool = ranked[:max(1, round(len(ranked) * (stage + 1) / 3))]
         need = positions * (stage + 1) // 3 - positions * stage // 3
-        order.append(np.concatenate([rng.permutation(pool) for _ in range(-(-need // len(pool)))])[:need])
+        order.append(np.concatenate([rng.permutation(pool) for _ in range(max(1, -(-need // len(pool))))])[:need])
     return np.concatenate(order)
 
 
@@ -1949,7 +1970,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     precision, _ = select_precision(device, config.precision)
     # One process fits several models, each with its own precision; accelerate keeps the first one otherwise.
     accelerate.state.AcceleratorState._reset_state()
-    accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    accelerator = accelerate.Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu")
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
     seed_everything(config.seed)
@@ -1965,6 +1986,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     identity = {**{k: v for k, v in dataclasses.asdict(config).items()
                    if k not in ("max_hours", "save_every", "precision", "log_every")}, "data": sampler.fingerprint()}
     path = folder / "checkpoint.pt" if folder else None
+    stopped = ""
     if path and path.is_file():
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in identity.items():
@@ -1979,6 +2001,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         _set_random_state(saved["random"][rank] if rank < len(saved["random"]) else saved["random"][0])
         vars(stopper).update(saved["stopper"])
         log, step, nonfinite, best = saved["log"], saved["step"], saved["nonfinite"], saved["best"]
+        stopped = saved["stopped"] if saved["stopped"] in ("completed", "early stopping") else ""
 
     def save() -> None:
         states = [_random_state()]
@@ -1989,7 +2012,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 "identity": identity, "objective": objective.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "random": states, "stopper": dict(vars(stopper)), "log": log,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
-                "step": step, "nonfinite": nonfinite, "best": best})
+                "step": step, "nonfinite": nonfinite, "best": best, "stopped": stopped})
             write_atomically(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
 
     def agreed(value: float) -> float:
@@ -2000,9 +2023,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
 
     per_step, tokens_per_step = config.batch_size * config.grad_accum, config.batch_size * config.grad_accum * config.seq_len
     share = config.batch_size // world
-    stopped = "completed" if step >= config.steps else ""
-    if step and stopper.patience is not None and step - stopper.mark_step >= stopper.patience:
-        stopped = "early stopping"
+    whole = True  # False from the update of the weights until step, log and evaluation have followed it
     begin, first_step, trained_seconds = time.perf_counter(), step, 0.0
     bar = tqdm(total=config.steps, initial=step, desc=description, unit="step", disable=not main, mininterval=1.0)
     try:
@@ -2026,17 +2047,23 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 loss_value += value / config.grad_accum
                 for name, term in terms.items() if want_ce else ():
                     sums[name] = sums.get(name, 0.0) + float(term.detach()) / config.grad_accum
+            whole = False
+            if not culprit:
+                norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
+                if not math.isfinite(norm) and accelerator.scaler is None:  # the scaler skips such steps itself
+                    culprit = f"the gradient's norm is {norm}"
             if culprit:
                 nonfinite += 1
                 if nonfinite > config.nonfinite_limit:
                     raise NonFiniteLoss(f"Step {step}: {culprit}; {nonfinite} steps were not finite, at most "
                                         f"{config.nonfinite_limit} are skipped. A lower lr or fp32 may help.")
             else:
-                norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
                 optimizer.step()
             optimizer.zero_grad()
             lr = scheduler.get_last_lr()[0]
-            scheduler.step()
+            with warnings.catch_warnings():  # a skipped first step looks to torch like a wrong order of calls
+                warnings.simplefilter("ignore", UserWarning)
+                scheduler.step()
             step += 1
             trained_seconds += time.perf_counter() - clock
             if want_ce and not culprit:
@@ -2076,10 +2103,12 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             elif not stopped and config.max_hours is not None and agreed(
                     float(time.perf_counter() - begin >= 3600 * config.max_hours)):
                 stopped = "time budget"
+            whole = True
             if stopped or step % config.save_every == 0:
                 save()
     except KeyboardInterrupt:
-        save()
+        if whole:
+            save()
         raise
     finally:
         bar.close()
@@ -2118,26 +2147,27 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int = 8, windows: int | None = None,
-             size: dict[str, int] | None = None, precision: str = "no", description: str | None = None) -> Evaluation:
+             size: dict[str, int] | None = None, precision: str = "fp32", description: str | None = None) -> Evaluation:
     """Perplexity on consecutive non-overlapping windows of `seq_len` tokens, every position scored.
 
     Each token but the very first of the split is predicted once, from the tokens before it in its window; the last
-    window may be shorter. NLL is summed in fp64 from fp32 log-probabilities. `precision` is what the matrix products
-    run in (`no` is fp32). `windows` takes only the first so many; `size` is `Corpus.size(split)`.
+    window may be shorter. NLL is summed in fp64 from fp32 log-probabilities. `precision`, `fp32`, `fp16` or `bf16`,
+    is what the matrix products run in. `windows` takes only the first so many; `size` is `Corpus.size(split)`.
     """
     tqdm = import_optional("tqdm").tqdm
     training, device = model.training, next(model.parameters()).device
-    model.eval()
     starts = list(range(0, len(tokens) - 1, seq_len))[:windows]
     require(bool(starts), "tokens to evaluate", len(tokens), "at least 2")
+    model.eval()
     full = [s for s in starts if s + seq_len < len(tokens)]
     groups = [full[i:i + batch_size] for i in range(0, len(full), batch_size)] + [[s] for s in starts[len(full):]]
     head = model.get_output_embeddings().weight
     sums, counts = [], []
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    require(precision in dtypes, "precision", precision, ", ".join(dtypes))
     for group in tqdm(groups, desc=description, unit="batch", mininterval=1.0, disable=description is None):
         rows = torch.from_numpy(np.stack([tokens[s:s + seq_len + 1].astype(np.int64) for s in group])).to(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=precision != "no"):
+        with torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "fp32"):
             hidden = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
             nll = chunked_nll(hidden, head, rows[:, 1:])  # (B, T)
         sums += nll.double().sum(1).tolist()
@@ -2341,8 +2371,9 @@ class Run:
     @classmethod
     def _open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None) -> Run:
         name = name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        require(name.replace(".", "").replace("_", "").replace("-", "").isalnum(), "run name", name,
-                "letters, digits, '.', '_' and '-'")
+        for what, value in (("version", version), ("run name", name)):
+            require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) is not None, what, value,
+                    "letters, digits, '.', '_' and '-', a letter or digit first")
         base = (outputs or outputs_folder()) / version
         text = json.dumps(config, indent=1, sort_keys=True)
         for number in range(1, 10_000):

@@ -29,7 +29,7 @@ def gpt2(vocab_size, width, layers, heads, length, ffn=None):
 
 def autocast(device, precision):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "no")
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 class Clock:

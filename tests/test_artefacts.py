@@ -212,7 +212,7 @@ def good():
     log = [{"step": step, "loss": 5.0 - step / 10, "tau": 2.0 - step / 100, "fdd": 0.8 - step / 100}
            for step in range(1, 13)]
     result = asnn.FitResult(log=log, step=5000, stopped="completed", best_ppl=300.0, best_step=4500, seconds=1.0,
-                            tokens_per_second=1.0, nonfinite=0, precision="no", peak_memory_gb=5.0)
+                            tokens_per_second=1.0, nonfinite=0, precision="fp32", peak_memory_gb=5.0)
     return {"recipe": asnn.get_recipe("v14.3"), "result": result, "ppl": 300.0, "target_ppl": 306.89,
             "previous_ppl": 330.0, "density": {"0.k": 0.3, "0.v": 0.5}, "amplitudes": {"0.k": 0.9, "0.v": 1.4}}
 
@@ -276,3 +276,21 @@ def test_checks_that_do_not_apply_are_neither_passed_nor_failed():
     with_log(lambda row: row.pop("fdd"))(given)
     undecided = {check.name for check in asnn.run_checks(**given) if check.passed is None}
     assert undecided == {"improved on the previous version", "FDD active", "tau evolved", "FDD loss decreased"}
+
+
+def test_bad_version_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="version is '../x'; allowed: letters"):
+        asnn.Run.open("../x", "name", {}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_attached_unfinished_run_is_resumed_from_a_copy(tmp_path, monkeypatch):
+    config = {"recipe": "x", "lr": 0.1}
+    old = asnn.Run.open("v0", "night", config, tmp_path / "input" / "deep")
+    (old.folder / "checkpoint.pt").write_bytes(b"weights")
+    monkeypatch.setenv("ASNN_INPUTS", str(tmp_path / "input"))
+    other = asnn.Run.open("v0", "night", {**config, "lr": 0.2}, tmp_path / "other")
+    assert not (other.folder / "checkpoint.pt").exists()
+    new = asnn.Run.open("v0", "night", config, tmp_path / "outputs")
+    assert "resuming the attached" in new.note
+    assert (new.folder / "checkpoint.pt").read_bytes() == b"weights"

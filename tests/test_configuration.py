@@ -150,8 +150,8 @@ def test_unknown_recipe_field_is_refused_with_those_that_exist(call):
     ("lambda_warmup_ratio", -0.1, r"in \[0, 1\]"),
     ("kd_weight", -1.0, "from 0"),
     ("min_delta", -0.5, "from 0"),
-    ("tau", 5.0, "between tau_min 1.0 and tau_max 5.0"),
-    ("tau", 0.5, "between tau_min 1.0 and tau_max 5.0"),
+    ("tau", 5.0, "between 1.0 and 5.0"),
+    ("tau", 0.5, "between 1.0 and 5.0"),
 ])
 def test_wrong_recipe_value_is_refused(field, value, allowed):
     with pytest.raises(ValueError, match=rf"{field} is {re.escape(repr(value))}; allowed: .*{allowed}"):
@@ -285,7 +285,7 @@ def test_precision_of_a_gpu_follows_its_compute_capability(monkeypatch, capabili
     assert chosen == precision and "{}.{}".format(*capability) in reason
 
 
-@pytest.mark.parametrize("capabilities, precision", [({}, "no"), ({"avx512_f": True, "avx512_bf16": False}, "no"),
+@pytest.mark.parametrize("capabilities, precision", [({}, "fp32"), ({"avx512_f": True, "avx512_bf16": False}, "fp32"),
                                                      ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")])
 def test_precision_of_a_cpu_follows_its_capabilities(monkeypatch, capabilities, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
@@ -293,14 +293,14 @@ def test_precision_of_a_cpu_follows_its_capabilities(monkeypatch, capabilities, 
     assert chosen == precision and reason
 
 
-@pytest.mark.parametrize("flags, precision", [("fpu sse2", "no"), ("fpu avx512_bf16", "bf16")])
+@pytest.mark.parametrize("flags, precision", [("fpu sse2", "fp32"), ("fpu avx512_bf16", "bf16")])
 def test_precision_of_a_cpu_is_read_from_its_flags_by_older_torch(monkeypatch, flags, precision):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(asnn.Path, "read_text", lambda *_args, **_kwargs: f"flags\t: {flags}\n")
     assert asnn.select_precision(torch.device("cpu"))[0] == precision
 
 
-@pytest.mark.parametrize("asked, precision", [("fp32", "no"), ("fp16", "fp16"), ("bf16", "bf16")])
+@pytest.mark.parametrize("asked, precision", [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16")])
 def test_precision_asked_for_is_taken(asked, precision):
     assert asnn.select_precision(torch.device("cpu"), asked) == (precision, f"{asked}: asked for")
 
@@ -414,3 +414,14 @@ def test_nothing_happens_at_import(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_variance_penalty_needs_channels_to_vary():
+    with pytest.raises(ValueError, match="Recipe.variance_penalty is 0.01; allowed: .*granularity='channel'"):
+        asnn.get_recipe("v14.3", variance_penalty=0.01)
+
+
+def test_tau_of_the_paper_has_its_own_bounds():
+    assert asnn.get_recipe("v14.3", temperature="paper", tau=10.0).tau == 10.0
+    with pytest.raises(ValueError, match="Recipe.tau is 21.0; allowed: between 1.0 and 21.0"):
+        asnn.get_recipe("v14.3", temperature="paper", tau=21.0)

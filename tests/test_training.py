@@ -413,12 +413,12 @@ def test_automatic_precision_names_its_reason(monkeypatch):
     monkeypatch.setattr(asnn, "_cpu_bf16_flags", lambda: ["amx_bf16"])
     assert asnn.select_precision(cpu) == ("bf16", "bf16: the CPU has amx_bf16")
     monkeypatch.setattr(asnn, "_cpu_bf16_flags", lambda: [])
-    assert asnn.select_precision(cpu) == ("no", "fp32: the CPU has no bf16 units")
+    assert asnn.select_precision(cpu) == ("fp32", "fp32: the CPU has no bf16 units")
     for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         precision, reason = asnn.select_precision(torch.device("cuda"))
         assert precision == expected and f"{capability[0]}.{capability[1]}" in reason
-    assert asnn.select_precision(cpu, "fp32") == ("no", "fp32: asked for")
+    assert asnn.select_precision(cpu, "fp32") == ("fp32", "fp32: asked for")
     with pytest.raises(ValueError, match="precision is 'fp8'; allowed: auto, fp32, fp16, bf16"):
         asnn.select_precision(cpu, "fp8")
 
