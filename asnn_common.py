@@ -376,9 +376,8 @@ class Profile:
         for name in ("fdd_start", "patience", "eval_every"):
             given.setdefault(name, max(1, round(getattr(recipe, name) * ratio)))
         n_layer = given.get("n_layer", recipe.n_layer)
-        if self.teacher == "train" or n_layer != recipe.n_layer:
-            teacher_layers = self.teacher_layers if self.teacher in ("train", "ref") else 12
-            given.setdefault("layer_map", spread_layer_map(n_layer, teacher_layers))
+        if (n_layer, self.teacher_layers) != (recipe.n_layer, 12):
+            given.setdefault("layer_map", spread_layer_map(n_layer, self.teacher_layers))
         return recipe.replace(**given)
 
 
@@ -1846,7 +1845,7 @@ class FitConfig:
     grad_accum: int = 1
     seed: int = 42
     eval_every: int = 100
-    save_every: int = 200
+    save_every: int = 500
     log_every: int = 10
     patience: int | None = None
     min_delta: float = 0.0
@@ -2213,6 +2212,24 @@ def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
         for handle in handles:
             handle.remove()
     return density
+
+
+def match_teacher(recipe: Recipe, teacher: Teacher) -> tuple[Recipe, list[str]]:
+    """The recipe with what the teacher at hand does not allow changed, and a sentence for each change.
+
+    Raises ValueError when the teacher's positions end before the recipe's windows do.
+    """
+    positions = getattr(teacher.model.config, "max_position_embeddings", recipe.seq_len)
+    require(recipe.seq_len <= positions, "seq_len", recipe.seq_len, f"at most the {positions} positions of teacher {teacher.name}")
+    layers, changes, notes = len(transformer_blocks(teacher.model)), {}, []
+    if max(t for _, t in recipe.layer_map) >= layers and (recipe.fdd != "none" or recipe.hidden_weight):
+        changes["layer_map"] = spread_layer_map(recipe.n_layer, layers)
+        notes.append(f"layer_map is {changes['layer_map']}: teacher {teacher.name} has {layers} layers")
+    width = teacher.model.get_input_embeddings().weight.shape[1]
+    if recipe.embeddings_from_teacher and width != recipe.d_model:
+        changes["embeddings_from_teacher"] = False
+        notes.append(f"embeddings are not copied: teacher {teacher.name} is {width} wide, the student {recipe.d_model}")
+    return recipe.replace(**changes), notes
 
 
 def build_student(recipe: Recipe, teacher: Teacher, seed: int | None = None) -> GooseForCausalLM:

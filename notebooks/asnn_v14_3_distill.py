@@ -144,6 +144,8 @@ elif size.teacher == "train":
     master, teacher_training = asnn.train_teacher(size, text, chosen.seq_len, seed)
 else:
     master, teacher_training = asnn.load_teacher(size.teacher), {}
+chosen, notes = asnn.match_teacher(chosen, master)
+print("\n".join(notes or [f"teacher {master.name} fits the recipe as it is"]))
 tokens = asnn.tokenize_corpus(text, master.tokenizer)
 sizes = {split: text.size(split) for split in asnn.SPLITS}
 display(pd.DataFrame({split: {"bytes": f"{sizes[split]['bytes']:,}", "words": f"{sizes[split]['words']:,}",

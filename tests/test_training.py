@@ -580,3 +580,18 @@ def test_an_interrupted_teacher_goes_on_to_the_same_weights(profile, corpus, tmp
         states.append(dict(made.model.state_dict()))
         assert not list((tmp_path / cache / "teachers").glob("*.training"))
     assert same(*states)
+
+
+def test_recipe_is_matched_to_the_teacher_at_hand(teacher):
+    recipe = asnn.get_recipe("v14.3", seq_len=16)
+    matched, notes = asnn.match_teacher(recipe, teacher)
+    layers = len(asnn.transformer_blocks(teacher.model))
+    assert matched.layer_map == asnn.spread_layer_map(recipe.n_layer, layers)
+    assert not matched.embeddings_from_teacher and len(notes) == 2
+    again, none = asnn.match_teacher(matched, teacher)
+    assert again == matched and none == []
+
+
+def test_windows_longer_than_the_teacher_are_refused(teacher):
+    with pytest.raises(ValueError, match="seq_len is 4096; allowed: at most"):
+        asnn.match_teacher(asnn.get_recipe("v14.3", seq_len=4096), teacher)
