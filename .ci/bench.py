@@ -57,6 +57,7 @@ def describe(seconds):
 def bench_step(repeats):
     """Prints the parts of a distillation step for the Goose student and for a GPT-2 student."""
     device, reason = asnn.select_device()
+    asnn.keep_freed_memory()
     precision, why = asnn.select_precision(device)
     env = asnn.environment()
     recipe = asnn.PROFILES["ref"].scale(asnn.get_recipe("v14.3"))
