@@ -155,7 +155,7 @@ class GooseConfig(PreTrainedConfig):
             require(values[name] > 0, name, values[name], "a number above 0")
         # What the library itself writes into config.json passes; a misspelt field of ours does not.
         library = {*dir(PreTrainedConfig), *PreTrainedConfig().to_dict(), "auto_map", "torch_dtype",
-                   "attn_implementation"}
+                   "attn_implementation", "experts_implementation"}
         reject_unknown((k for k in kwargs if not k.startswith("_") and k not in library), values, "GooseConfig")
         values.update(ffn_width=ffn_width or 4 * d_model, spike_sites=list(spike_sites))
         for name, value in values.items():
@@ -168,8 +168,8 @@ class GooseConfig(PreTrainedConfig):
 class Recipe:
     """Everything about a distillation run, as data. Values not given are those of the published v14.3.
 
-    `inferred` names the fields whose value was not published and is taken from the nearest published version.
-    `published_ppl` is the founders' PPL on WikiText-2 raw with 256-token windows. Steps count optimiser steps;
+    `inferred` names the fields whose value was not published and is taken from the nearest published version,
+    `repaired` those that differ from the published ones because those were at fault. `published_ppl` is the version's, the founders' PPL on WikiText-2 raw with 256-token windows. Steps count optimiser steps;
     `patience`, `fdd_start` and `eval_every` are in steps. Raises ValueError for a value outside what is allowed.
     """
 
@@ -178,6 +178,7 @@ class Recipe:
     outcome: str = ""
     published_ppl: float | None = None
     inferred: tuple[str, ...] = ()
+    repaired: tuple[str, ...] = ()
     # student
     d_model: int = 768
     n_layer: int = 5
@@ -273,9 +274,9 @@ def _history() -> dict[str, Recipe]:
     """The recipes, each written as what it changed against the one before it. Where a value was not published,
     `inferred` says so. The history replays the published initialisations and estimator, faults included; v14.3 is
     the same recipe with the faults repaired, and v14.3-published keeps them for comparison."""
-    unpublished = ("weight_decay", "warmup_ratio", "clip", "seq_len")
+    unpublished = ("weight_decay", "warmup_ratio", "clip", "seq_len", "patience", "min_delta", "seed")
     v4 = Recipe("v4", "first ternary activations; cumsum recurrence; untrained dense Goose teacher", "works at small "
-                "scale", None, unpublished + ("patience", "min_delta", "seed"), d_model=256, n_layer=4, batch_size=16,
+                "scale", None, unpublished, d_model=256, n_layer=4, batch_size=16,
                 lr=3e-4, distill_steps=1000, eval_every=100, recurrence="cumsum", output_order="project_first",
                 teacher="untrained-goose", embeddings_from_teacher=True, temperature="fixed", tau=2.0)
     v6 = v4.replace(name="v6", changed="first GPT-2 distillation", outcome="baseline", published_ppl=627.0,
@@ -287,7 +288,8 @@ def _history() -> dict[str, Recipe]:
                     batch_size=8, distill_steps=3000, eval_every=300)
     v8 = v7.replace(name="v8", changed="safe defaults", outcome="fixed", published_ppl=559.0, hidden_weight=0.0)
     v9 = v8.replace(name="v9", changed="D=320, 5 layers, 22M, lr 3e-4, 3000 steps", outcome="baseline",
-                    published_ppl=542.0, inferred=unpublished + ("batch_size", "eval_every", "tau"))
+                    published_ppl=542.0, inferred=unpublished + ("batch_size", "eval_every", "tau", "recurrence", "output_order",
+                                            "embeddings_from_teacher"))
     v10 = v9.replace(name="v10", published_ppl=514.5)
     v11 = v10.replace(name="v11", changed="per-channel alpha and amplitude with variance penalty 0.01",
                       outcome="penalty froze learning", published_ppl=512.67, granularity="channel",
@@ -313,15 +315,15 @@ def _history() -> dict[str, Recipe]:
     v14_2 = v14.replace(name="v14.2", changed="D=1024, 165M, lr 3e-4, lambda warm-up 0.2, patience 500",
                         outcome="under-trained, collapsed", published_ppl=330.89, d_model=1024, n_layer=9,
                         patience=500, layer_map=((0, 2), (4, 7), (8, 11)),
-                        inferred=v14.inferred + ("n_layer", "layer_map"))
+                        inferred=tuple(n for n in v14.inferred if n != "patience") + ("n_layer", "layer_map"))
     published = Recipe("v14.3-published", "D=768, lr 2e-4, warm-up 0.25, patience 800", "best", 306.89,
-                       fdd="cka_delta", embeddings_from_teacher=True)
+                       ("recurrence", "seed"), fdd="cka_delta", embeddings_from_teacher=True)
     cumsum = published.replace(name="v14.3-cumsum", changed="v14.3-published with the founders' cumsum recurrence",
                                outcome="", published_ppl=None, recurrence="cumsum")
     v14_3 = published.replace(
         name="v14.3", changed="the published recipe with its faults repaired: decays spread over sigmoid(0.5..6), "
         "token-shift mixes in [0.5, 1], an estimator that reaches theta, unbiased CKA", decay_init="spread",
-        mix_init="spread", estimator="clipped", inferred=("decay_init", "mix_init", "estimator"))
+        mix_init="spread", estimator="clipped", inferred=("seed",), repaired=("recurrence", "decay_init", "mix_init", "estimator"))
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
                                 v14_3, published, cumsum)}
 
@@ -372,6 +374,8 @@ class Profile:
         Fields counted in steps shrink with `distill_steps`, and the layer map is spread over the new depths.
         """
         given = {**dict(self.recipe), **overrides}
+        steps = given.get("distill_steps", 1)
+        require(isinstance(steps, int) and steps >= 1, "distill_steps", steps, "a whole number from 1")
         ratio = given.get("distill_steps", recipe.distill_steps) / recipe.distill_steps
         for name in ("fdd_start", "patience", "eval_every"):
             given.setdefault(name, max(1, round(getattr(recipe, name) * ratio)))
@@ -993,12 +997,14 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
         return result if return_dict in (None, True) else result.to_tuple()
 
     @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
+    def _supports_default_dynamic_cache(cls, *_args: Any) -> bool:
         return False  # the cache is a GooseState, made by the first forward pass
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, state: GooseState | None = None,
                                       attention_mask: Tensor | None = None, use_cache: bool | None = None,
-                                      inputs_embeds: Tensor | None = None, **unused: Any) -> dict[str, Any]:
+                                      inputs_embeds: Tensor | None = None, past_key_values: GooseState | None = None,
+                                      **unused: Any) -> dict[str, Any]:
+        state = state if past_key_values is None else past_key_values
         if inputs_embeds is not None and (state is None or input_ids.shape[1] == 0):
             return {"inputs_embeds": inputs_embeds, "state": state, "attention_mask": attention_mask,
                     "use_cache": use_cache}
@@ -1013,6 +1019,15 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
             attention_mask = None if attention_mask is None else attention_mask[:, -new:]
         return {"input_ids": input_ids, "state": state, "attention_mask": attention_mask,
                 "use_cache": use_cache}
+
+    def _update_model_kwargs_for_generation(self, outputs: GooseOutput, model_kwargs: dict[str, Any],
+                                            *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        model_kwargs.pop("state", None)
+        if outputs.state is not None:
+            # Under this name beam search reorders it, also in early transformers 5, which looks for no other.
+            model_kwargs["past_key_values"] = outputs.state
+        return model_kwargs
 
     def _reorder_cache(self, state: GooseState, beam_idx: Tensor) -> GooseState:
         return state.reorder(beam_idx)
@@ -1056,8 +1071,6 @@ class _ChunkedDistillation(torch.autograd.Function):
         n, D = hidden.shape
         V = head.shape[0]
         dtype = _compute_dtype(hidden)
-        # fp16 gradients of probabilities would sink below its smallest number; a power of two lifts them.
-        lift = 1024.0 if dtype == torch.float16 else 1.0
         needs = any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.detach().to(dtype)
@@ -1067,6 +1080,9 @@ class _ChunkedDistillation(torch.autograd.Function):
             kd, ce, grad_tau = (torch.zeros((), device=hidden.device) for _ in range(3))
             valid = 0 if labels is None else max(1, int((labels >= 0).sum()))
             rows = _rows_per_chunk(V, budget, hidden.device)
+            # fp16 ends at 65504 and at 6e-8: the largest possible sum over a chunk's rows stays below 256 tau |h|, and
+            # the smallest probability that still counts is about 1e-7.
+            lift = 256.0 / min(n, rows) if dtype == torch.float16 else 1.0
             for start in range(0, n, rows):
                 part = slice(start, min(n, start + rows))
                 h = hidden[part].detach().to(dtype)  # (R, D)
@@ -1227,12 +1243,13 @@ def unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
     """
     n = x.shape[0]
     require(n >= 4 and y.shape[0] == n, "samples of x and y", (n, y.shape[0]), "equal and at least 4")
-    x, y = x.float(), y.float()
-    x, y = x - x.mean(0), y - y.mean(0)  # the estimator does not see a shift; the rounding does
-    kk, ll = x.square().sum(1), y.square().sum(1)  # diagonals of both kernels, (n,)
-    row_k, row_l = x @ x.sum(0) - kk, y @ y.sum(0) - ll  # row sums without the diagonal, (n,)
-    trace = (x.t() @ y).square().sum() - (kk * ll).sum()
-    return (trace + row_k.sum() * row_l.sum() / ((n - 1) * (n - 2)) - 2 * (row_k * row_l).sum() / (n - 2)) / (n * (n - 3))
+    with torch.autocast(x.device.type, enabled=False):  # sums over thousands of rows overflow fp16
+        x, y = x.float(), y.float()
+        x, y = x - x.mean(0), y - y.mean(0)  # the estimator does not see a shift; the rounding does
+        kk, ll = x.square().sum(1), y.square().sum(1)  # diagonals of both kernels, (n,)
+        row_k, row_l = x @ x.sum(0) - kk, y @ y.sum(0) - ll  # row sums without the diagonal, (n,)
+        total = (x.t() @ y).square().sum() - (kk * ll).sum() + row_k.sum() * row_l.sum() / ((n - 1) * (n - 2))
+        return (total - 2 * (row_k * row_l).sum() / (n - 2)) / (n * (n - 3))
 
 
 def linear_cka(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
@@ -1241,8 +1258,9 @@ def linear_cka(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
     if unbiased:
         norm = (unbiased_hsic(x, x) * unbiased_hsic(y, y)).clamp_min(1e-20).sqrt()
         return unbiased_hsic(x, y) / norm
-    x, y = x.float() - x.float().mean(0), y.float() - y.float().mean(0)
-    return (x.t() @ y).square().sum() / ((x.t() @ x).norm() * (y.t() @ y).norm()).clamp_min(1e-20)
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.float() - x.float().mean(0), y.float() - y.float().mean(0)
+        return (x.t() @ y).square().sum() / ((x.t() @ x).norm() * (y.t() @ y).norm()).clamp_min(1e-20)
 
 
 class MinibatchCKA:
@@ -1537,8 +1555,9 @@ class Corpus:
 
     def size(self, split: str) -> dict[str, int]:
         """{"bytes", "words"} of a split: UTF-8 bytes and whitespace-separated words of the raw text."""
-        text = self.text(split)
-        return {"bytes": len(text.encode()), "words": len(text.split())}
+        with open(self.folder / f"{split}.txt", "rb") as file:
+            counts = [(len(line), len(line.decode().split())) for line in file]
+        return {"bytes": sum(c[0] for c in counts), "words": sum(c[1] for c in counts)}
 
 
 def load_corpus(name: str, max_chars: int | None = None) -> Corpus:
@@ -1702,24 +1721,16 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray]:
     return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
 
 
-def _cuttable(text: str, i: int) -> bool:
-    """True where the pre-tokenizer's runs of whitespace end alike whether or not the text goes on: after a newline,
-    before a word with its space, or before a word when no other whitespace stands before the newline."""
-    if text[i - 1] != "\n":
-        return False
-    if text[i] == " ":
-        return i + 1 < len(text) and not text[i + 1].isspace()
-    return not text[i].isspace() and not text[i - 2:i - 1].isspace()
+_CUT = re.compile(r"(?<=\S)(?= \S)")
 
 
 def _pieces(text: str, size: int = 1 << 16) -> list[str]:
-    """Cuts text into pieces of about `size` characters, only where a line begins with a visible character: a
-    byte-level BPE never has a token across such a place, so that the ids are those of the whole text."""
+    """Cuts text into pieces of at least `size` characters, only before a word with its single space: a byte-level BPE
+    never has a token across such a place, so that the ids are those of the whole text."""
     pieces, start = [], 0
     while start < len(text):
-        end = start + size
-        while end < len(text) and not _cuttable(text, end):
-            end = text.find("\n", end) + 1 or len(text)
+        cut = _CUT.search(text, start + size)
+        end = cut.start() if cut else len(text)
         pieces.append(text[start:end])
         start = end
     return pieces
@@ -1737,7 +1748,8 @@ class Teacher:
 def load_teacher(spec: str) -> Teacher:
     """A teacher by folder or hub id (`gpt2`); `ref` is the folder teacher/ of ASNN_REF.
 
-    A folder attached as an input whose path contains the id is taken before the hub is asked. Raises HubUnavailable.
+    An attached folder named like the last part of the id, or one below it, is taken before the hub is asked. Raises
+    ValueError for a folder that cannot be loaded, HubUnavailable for an id that cannot be fetched.
     """
     transformers = import_optional("transformers")
     if spec == "ref":
@@ -1853,6 +1865,15 @@ class FitConfig:
     max_hours: float | None = None
     precision: str = "auto"
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "grad_accum", "eval_every", "save_every", "log_every"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"FitConfig.{name}", value, "a whole number from 1")
+        for name in ("lr", "clip", "patience", "max_hours"):
+            value = getattr(self, name)
+            require(value is None and name in ("patience", "max_hours") or isinstance(value, (int, float)) and value > 0,
+                    f"FitConfig.{name}", value, "a number above 0")
+
     @classmethod
     def from_recipe(cls, recipe: Recipe, **overrides: Any) -> FitConfig:
         names = {item.name for item in dataclasses.fields(cls)} & {item.name for item in dataclasses.fields(recipe)}
@@ -1882,7 +1903,9 @@ class EarlyStopping:
 @dataclass
 class FitResult:
     """What a training run did. `stopped` is `completed`, `early stopping`, `time budget` or `session limit`; only
-    the first two end a run, the others are resumed by the next call with the same folder."""
+    the first two end a run, the others are resumed by the next call with the same folder. `seconds` of optimiser steps,
+    without evaluation, and the peak are of the whole run, all its sessions together. `nonfinite` counts steps skipped for
+    a loss that was not finite, `scaler_skips` those the GradScaler skipped to find its scale."""
 
     log: list[dict[str, float]]
     step: int
@@ -1892,6 +1915,7 @@ class FitResult:
     seconds: float
     tokens_per_second: float
     nonfinite: int
+    scaler_skips: int
     precision: str
     peak_memory_gb: float
 
@@ -1910,7 +1934,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 def peak_memory_gb() -> float:
     """Peak memory of this process in GiB: allocated on the GPUs where there are any, else resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**30
+        allocated = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        if allocated > 2**20:  # a GPU that is there and cannot be used has next to nothing
+            return allocated / 2**30
     resource = importlib.import_module("resource")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -1929,7 +1955,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
 
 
 def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
@@ -1992,7 +2018,9 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     if hasattr(objective, "place_teacher"):
         objective.place_teacher(accelerator.device)
 
-    stopper, log, step, nonfinite, best = EarlyStopping(config.patience, config.min_delta), [], 0, 0, None
+    stopper, log, best = EarlyStopping(config.patience, config.min_delta), [], None
+    step = nonfinite = scaler_skips = 0
+    trained_seconds = peak = 0.0
     identity = {**{k: v for k, v in dataclasses.asdict(config).items()
                    if k not in ("max_hours", "save_every", "precision", "log_every")}, "data": sampler.fingerprint()}
     path = folder / "checkpoint.pt" if folder else None
@@ -2010,8 +2038,11 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             accelerator.scaler.load_state_dict(saved["scaler"])
         _set_random_state(saved["random"][rank] if rank < len(saved["random"]) else saved["random"][0])
         vars(stopper).update(saved["stopper"])
-        log, step, nonfinite, best = saved["log"], saved["step"], saved["nonfinite"], saved["best"]
+        log, step, best = saved["log"], saved["step"], saved["best"]
+        nonfinite, scaler_skips = saved["nonfinite"], saved["scaler_skips"]
+        trained_seconds, peak = saved["trained_seconds"], saved["peak"]
         stopped = saved["stopped"] if saved["stopped"] in ("completed", "early stopping") else ""
+        del saved
 
     def save() -> None:
         states = [_random_state()]
@@ -2022,7 +2053,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 "identity": identity, "objective": objective.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "random": states, "stopper": dict(vars(stopper)), "log": log,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
-                "step": step, "nonfinite": nonfinite, "best": best, "stopped": stopped})
+                "step": step, "nonfinite": nonfinite, "scaler_skips": scaler_skips, "best": best, "stopped": stopped,
+                "trained_seconds": trained_seconds, "peak": max(peak, peak_memory_gb())})
             write_atomically(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
 
     def agreed(value: float) -> float:
@@ -2034,7 +2066,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     per_step, tokens_per_step = config.batch_size * config.grad_accum, config.batch_size * config.grad_accum * config.seq_len
     share = config.batch_size // world
     whole = True  # False from the update of the weights until step, log and evaluation have followed it
-    begin, first_step, trained_seconds = time.perf_counter(), step, 0.0
+    begin, first_step, before = time.perf_counter(), step, trained_seconds
     bar = tqdm(total=config.steps, initial=step, desc=description, unit="step", disable=not main, mininterval=1.0)
     try:
         while not stopped:
@@ -2058,16 +2090,21 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 for name, term in terms.items() if want_ce else ():
                     sums[name] = sums.get(name, 0.0) + float(term.detach()) / config.grad_accum
             whole = False
+            norm, collapsed = math.nan, False
             if not culprit:
                 norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
-                if not math.isfinite(norm) and accelerator.scaler is None:  # the scaler skips such steps itself
+            if not culprit and not math.isfinite(norm):
+                # A GradScaler skips the step itself and halves its scale; below 1 that has stopped helping.
+                scaler_skips += accelerator.scaler is not None
+                collapsed = accelerator.scaler is not None and accelerator.scaler.get_scale() < 1.0
+                if accelerator.scaler is None or collapsed:
                     culprit = f"the gradient's norm is {norm}"
             if culprit:
                 nonfinite += 1
                 if nonfinite > config.nonfinite_limit:
                     raise NonFiniteLoss(f"Step {step}: {culprit}; {nonfinite} steps were not finite, at most "
                                         f"{config.nonfinite_limit} are skipped. A lower lr or fp32 may help.")
-            else:
+            if not culprit or collapsed:  # a scaler that has looked at the gradients must see its step
                 optimizer.step()
             optimizer.zero_grad()
             lr = scheduler.get_last_lr()[0]
@@ -2077,13 +2114,13 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             step += 1
             trained_seconds += time.perf_counter() - clock
             if want_ce and not culprit:
-                speed = (step - first_step) * tokens_per_step / trained_seconds
+                speed = (step - first_step) * tokens_per_step / (trained_seconds - before)
                 if world > 1:
                     every = accelerate.utils.gather_object([{**sums, "loss": loss_value}])
                     sums = {k: sum(row[k] for row in every) / world for k in every[0]}
                     loss_value = sums.pop("loss")
-                log.append({"step": step, "loss": loss_value, **sums, "lr": lr, "grad_norm": norm,
-                            "tokens_per_second": round(speed)})
+                log.append({"step": step, "loss": loss_value, **sums, "lr": lr,
+                            "grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": round(speed)})
                 postfix = {"loss": f"{loss_value:.3f}", "tok/s": f"{speed:,.0f}"}
                 if "ce" in sums:
                     postfix["ppl"] = f"{math.exp(min(20.0, sums['ce'])):.1f}"
@@ -2125,12 +2162,11 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast ends with the training
     if best is not None:
         objective.load_state_dict(best)
-    seconds = time.perf_counter() - begin
-    done = step - first_step
     optimizer.zero_grad(set_to_none=True)
     accelerator.free_memory()
-    return FitResult(log, step, stopped, stopper.best, stopper.best_step, seconds,
-                     done * tokens_per_step / trained_seconds if done else 0.0, nonfinite, precision, peak_memory_gb())
+    return FitResult(log, step, stopped, stopper.best, stopper.best_step, trained_seconds,
+                     step * tokens_per_step / trained_seconds if step else 0.0, nonfinite, scaler_skips, precision,
+                     max(peak, peak_memory_gb()))
 
 
 @dataclass(frozen=True)
@@ -2413,7 +2449,7 @@ class Run:
                 write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
                 # The outputs of an earlier session, attached as an input, are read-only: go on from a copy.
                 attached = find_attached(lambda p: p.name == name and (p / "checkpoint.pt").is_file()
-                                         and (p / "config.json").read_text() == text)
+                                         and (p / "config.json").is_file() and (p / "config.json").read_text() == text)
                 if attached:
                     shutil.copyfile(attached / "checkpoint.pt", folder / "checkpoint.pt")
                     return cls(folder, f"resuming the attached unfinished run {attached}")
@@ -2434,17 +2470,18 @@ class Run:
 
     def finish(self, metrics: dict[str, Any], student: nn.Module | None = None, tokenizer: Any = None) -> None:
         """Saves the student with its model card, then metrics.json, whose presence marks the run as finished."""
-        if not self.main:
-            return
-        if student is not None:
-            with new_folder(self.folder / "student") as temporary:
-                student.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-                write_atomically(temporary / "README.md", model_card(metrics))
-        write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True))
-        table = results_table(runs(self.folder.parent.parent))
-        write_atomically(self.folder.parent.parent / "index.md", f"# Runs\n\n{table}\n")
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        if self.main:
+            if student is not None:
+                with new_folder(self.folder / "student") as temporary:
+                    student.save_pretrained(temporary)
+                    tokenizer.save_pretrained(temporary)
+                    write_atomically(temporary / "README.md", model_card(metrics))
+            write_atomically(self.folder / "metrics.json", json.dumps(metrics, indent=1, sort_keys=True))
+            table = results_table(runs(self.folder.parent.parent))
+            write_atomically(self.folder.parent.parent / "index.md", f"# Runs\n\n{table}\n")
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            import_optional("accelerate").PartialState().wait_for_everyone()
 
 
 def runs(outputs: Path | None = None) -> list[dict[str, Any]]:

@@ -92,6 +92,7 @@ run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritt
 # Everything about the run is data: a recipe from the history, scaled by a profile.
 
 # %%
+import copy
 import dataclasses
 import json
 import time
@@ -252,10 +253,12 @@ print("relative error at position 25, w = 0.378: "
 
 # %%
 student = asnn.build_student(chosen, master)
-second = torch.device("cuda:1") if torch.cuda.device_count() > 1 and not os.environ.get("LOCAL_RANK") else None
+several = device.type == "cuda" and torch.cuda.device_count() > 1 and not os.environ.get("LOCAL_RANK")
+second = torch.device("cuda:1") if several else None
 objective = asnn.Distiller(student, master.model, chosen, second)
 objective.place_teacher(device)
-peek = torch.from_numpy(tokens["validation"][:8 * chosen.seq_len].astype(np.int64)).view(8, chosen.seq_len)
+held_out = asnn.WindowSampler(tokens["validation"], chosen.seq_len, seed)
+peek, _ = held_out.gather(range(min(8, held_out.windows)))
 
 
 def evaluate_now():
@@ -265,7 +268,7 @@ def evaluate_now():
 
 result = asnn.fit(objective, asnn.distillation_sampler(chosen, tokens["train"], master.model),
                   asnn.FitConfig.from_recipe(chosen, max_hours=max_hours), evaluate_now, run.folder, "distillation")
-print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; this session: {result.seconds:.0f} s, "
+print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")
 if not result.finished:
@@ -315,7 +318,8 @@ run.show(plot_curves(result.log, chosen), "training")
 
 # %%
 student.to(device)
-measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, windows=size.final_windows, size=sizes[split],
+windows = size.final_windows if result.finished else size.eval_windows  # an unfinished run has used its time up
+measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, windows=windows, size=sizes[split],
                                         description=f"{name}, {split}")
                    for split in ("validation", "test")}
             for name, model in (("teacher", master.model), ("student", student))}
@@ -427,12 +431,13 @@ print("cumsum formula lost by token 25:", bool(errors["cumsum formula, w = 0.378
 
 # %% tags=["nbval-check-output"]
 with torch.no_grad():
-    ids = peek[:2, :32].to(device)
+    exact = copy.deepcopy(student).cpu().double()  # so that no threshold is crossed by rounding
+    ids = peek[:2, :32]
     changed = ids.clone()
     changed[:, 20] = (changed[:, 20] + 1) % student.config.vocab_size
-    before, after = student(ids).logits, student(changed).logits
-    first = student(ids[:, :13])
-    second_part = student(ids[:, 13:], state=first.state).logits
+    before, after = exact(ids).logits, exact(changed).logits
+    first = exact(ids[:, :13])
+    second_part = exact(ids[:, 13:], state=first.state).logits
 print("a changed token changes nothing before it:", torch.equal(before[:, :20], after[:, :20]))
 print("and something from it on:", not torch.equal(before[:, 20:], after[:, 20:]))
 print("cached equals uncached:", torch.allclose(torch.cat((first.logits, second_part), 1), before, atol=1e-3))
@@ -453,19 +458,18 @@ metrics = {
     "gap": {split: {"value": gap, "standard_error": error} for split, (gap, error) in gaps.items()},
     "training": {"step": result.step, "steps": chosen.distill_steps, "stopped": result.stopped, "best_step": result.best_step,
                  "seconds": result.seconds, "tokens_per_second": result.tokens_per_second, "precision": result.precision,
-                 "nonfinite": result.nonfinite, "peak_memory_gb": result.peak_memory_gb},
+                 "nonfinite": result.nonfinite, "scaler_skips": result.scaler_skips, "peak_memory_gb": result.peak_memory_gb},
     "checks": [dataclasses.asdict(check) for check in checks], "environment": env,
     "notebook_seconds": time.perf_counter() - begin,
 }
 if result.finished:
+    if run.main:
+        asnn.write_atomically(run.folder / "samples.json", json.dumps(samples, indent=1))
     run.finish(metrics, student.cpu(), master.tokenizer)
-    (run.folder / "samples.json").write_text(json.dumps(samples, indent=1))
 
 # %% tags=["nbval-check-output"]
-kept = sorted(path.name for path in run.folder.iterdir() if path.name != "samples.json")
-print("run folder:", kept)
-print("figures:", sorted(path.name for path in (run.folder / "figures").iterdir()))
-print("student:", sorted(path.name for path in (run.folder / "student").iterdir()))
+for name in (".", "figures", "student"):
+    print(f"{name}:", sorted(path.name for path in (run.folder / name).glob("*")) or "not yet: the run is not finished")
 
 # %% [markdown]
 # ## Summary

@@ -212,7 +212,7 @@ def good():
     log = [{"step": step, "loss": 5.0 - step / 10, "tau": 2.0 - step / 100, "fdd": 0.8 - step / 100}
            for step in range(1, 13)]
     result = asnn.FitResult(log=log, step=5000, stopped="completed", best_ppl=300.0, best_step=4500, seconds=1.0,
-                            tokens_per_second=1.0, nonfinite=0, precision="fp32", peak_memory_gb=5.0)
+                            tokens_per_second=1.0, nonfinite=0, scaler_skips=0, precision="fp32", peak_memory_gb=5.0)
     return {"recipe": asnn.get_recipe("v14.3"), "result": result, "ppl": 300.0, "target_ppl": 306.89,
             "previous_ppl": 330.0, "density": {"0.k": 0.3, "0.v": 0.5}, "amplitudes": {"0.k": 0.9, "0.v": 1.4}}
 

@@ -448,3 +448,36 @@ def test_capture_blocks_leaves_no_hooks_when_a_layer_does_not_exist(distillation
 def test_an_architecture_without_known_blocks_is_refused():
     with pytest.raises(ValueError, match="Linear has no list of blocks at a known place"):
         asnn.transformer_blocks(torch.nn.Linear(2, 2))
+
+
+# ---- half precision
+
+
+def test_head_gradient_of_fp16_does_not_overflow():
+    # Many equal tokens of which the student is sure: the sum over their rows is as large as it can get.
+    torch.manual_seed(0)
+    head, teacher_head = torch.randn(50, 16), torch.randn(50, 16)
+    hidden = (8.0 * head[7] / head[7].norm()).expand(512, 16).clone()
+    teacher_hidden = -hidden
+    grads = {}
+    for dtype in (torch.float32, torch.float16):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            loss = asnn.chunked_kl(h, w, teacher_hidden, teacher_head, 5.0, budget=10**9)
+        loss.backward()
+        grads[dtype] = (h.grad, w.grad)
+    for exact, half in zip(grads[torch.float32], grads[torch.float16]):
+        assert half.isfinite().all()
+        assert (half - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_cka_of_wide_features_stays_finite_under_fp16_autocast(unbiased):
+    torch.manual_seed(0)
+    x, y = torch.randn(1000, 8, requires_grad=True), 20 * torch.randn(1000, 8)
+    exact = asnn.linear_cka(x, y, unbiased)
+    with torch.autocast("cpu", dtype=torch.float16):
+        value = asnn.linear_cka(x, y, unbiased)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(float(exact.detach()), abs=1e-6)
+    assert x.grad.isfinite().all()

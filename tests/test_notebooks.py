@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,11 +75,7 @@ def test_script_and_papermill_do_the_same_on_kaggle_without_a_network(tmp_path, 
         values = {"corpus": "wikitext-2", "teacher": "gpt2", "steps": 4, "run_name": "night"}
         if how == "script":
             notebook = working / NOTEBOOK.with_suffix(".py").name
-            source = notebook.read_text()
-            for name, value in values.items():
-                assert f"\n{name} = None" in source
-                source = source.replace(f"\n{name} = None", f"\n{name} = {value!r}", 1)
-            notebook.write_text(source)
+            with_values(notebook, **values)
             command = [sys.executable, str(notebook)]
         else:
             shutil.copy(NOTEBOOK.with_suffix(".ipynb"), working)
@@ -100,7 +98,7 @@ def test_script_and_papermill_do_the_same_on_kaggle_without_a_network(tmp_path, 
 def test_notebook_without_hub_or_attachment_ends_in_one_sentence(tmp_path):
     env, working, _ = kaggle(tmp_path, 1)
     notebook = working / NOTEBOOK.with_suffix(".py").name
-    notebook.write_text(notebook.read_text().replace("\ncorpus = None", '\ncorpus = "wikitext-2"', 1))
+    with_values(notebook, corpus="wikitext-2")
     done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
@@ -115,6 +113,47 @@ def test_bootstrap_says_what_to_do_when_the_module_is_nowhere(tmp_path):
     done = subprocess.run([sys.executable, str(working / NOTEBOOK.with_suffix(".py").name)], cwd=working, env=env,
                           capture_output=True, text=True)
     assert done.returncode != 0 and "attach it as a Kaggle dataset" in done.stderr.strip().splitlines()[-1]
+
+
+def with_values(notebook, **values):
+    source = notebook.read_text()
+    for name, value in values.items():
+        assert f"\n{name} = " in source
+        source = re.sub(rf"\n{name} = \S+", f"\n{name} = {value!r}", source, count=1)
+    notebook.write_text(source)
+
+
+def test_time_budget_ends_the_notebook_well_and_the_next_session_goes_on(tmp_path):
+    env, working, below = kaggle(tmp_path, 1)
+    notebook = working / NOTEBOOK.with_suffix(".py").name
+    with_values(notebook, max_hours=1e-6, run_name="night")
+    command = [sys.executable, str(notebook)]
+    done = subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "time budget at step 1 of 30" in done.stdout
+    assert "not yet: the run is not finished" in done.stdout
+    assert not list(working.glob("outputs/*/*/metrics.json"))
+    # The next session finds the outputs of this one attached as an input.
+    shutil.copytree(working / "outputs", below / "last-night" / "outputs")
+    shutil.rmtree(working / "outputs")
+    with_values(notebook, max_hours=None)
+    done = subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming the attached unfinished run" in done.stdout
+    assert metrics_of(working)["training"]["step"] == 30
+
+
+def test_two_processes_run_the_notebook_into_one_folder(tmp_path):
+    env, working, _ = kaggle(tmp_path, 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port,
+               NOTEBOOK.with_suffix(".py").name]
+    done = subprocess.run(command, cwd=working, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics_of(working)["training"]["step"] == 30  # and there is one metrics file only
 
 
 def load_readme_tool():

@@ -118,7 +118,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(distillation, toke
     assert without_speed(second.log) == without_speed(expected.log)
     assert (second.best_ppl, second.best_step) == (expected.best_ppl, expected.best_step)
     saved = [torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True) for folder in ("whole", "parts")]
-    assert all(same(saved[0][key], saved[1][key]) for key in saved[0] if key != "log")
+    assert all(same(saved[0][key], saved[1][key]) for key in saved[0]
+               if key not in ("log", "trained_seconds", "peak"))  # these three tell of the clock
     if name == "v14.3":
         assert expected.log[0]["tau"] != expected.log[-2]["tau"]
     rows = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
@@ -595,3 +596,81 @@ def test_recipe_is_matched_to_the_teacher_at_hand(teacher):
 def test_windows_longer_than_the_teacher_are_refused(teacher):
     with pytest.raises(ValueError, match="seq_len is 4096; allowed: at most"):
         asnn.match_teacher(asnn.get_recipe("v14.3", seq_len=4096), teacher)
+
+
+def test_a_bad_fit_setting_is_refused():
+    good = {"steps": 1, "batch_size": 1, "lr": 1e-3, "seq_len": 8}
+    for name, value in (("steps", 0), ("max_hours", -1), ("log_every", 0), ("lr", 0.0), ("batch_size", 1.5)):
+        with pytest.raises(ValueError, match=f"FitConfig.{name} is {value}; allowed"):
+            asnn.FitConfig(**{**good, name: value})
+
+
+@pytest.mark.parametrize("value", [0, "100", 1.5])
+def test_profile_refuses_steps_that_are_no_count(value):
+    with pytest.raises(ValueError, match="distill_steps is .*; allowed: a whole number from 1"):
+        asnn.PROFILES["cpu"].scale(asnn.get_recipe("v14.3"), distill_steps=value)
+
+
+@pytest.fixture
+def scaler(monkeypatch):
+    """Gives fit a GradScaler as on a GPU with fp16; the scaler's CPU form does the same in fp32."""
+    import accelerate
+
+    def use(scale):
+        made = torch.amp.GradScaler("cpu", init_scale=scale)
+        plain = accelerate.Accelerator.__init__
+
+        def init(self, *args, **kwargs):
+            plain(self, *args, **kwargs)
+            self.scaler = made
+        monkeypatch.setattr(accelerate.Accelerator, "__init__", init)
+        return made
+    return use
+
+
+def test_training_under_a_scaler_equals_training_without(distillation, scaler, tmp_path):
+    def train(folder, max_steps=None):
+        objective, sampler, settings = distillation("v10", {"precision": "fp32"}, distill_steps=6)
+        result = asnn.fit(objective, sampler, settings, folder=tmp_path / folder, max_steps=max_steps)
+        return weights(objective), result
+
+    expected, _ = train("plain")
+    scaler(2.0**10)
+    scaled, result = train("scaled")
+    assert result.scaler_skips == 0
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(scaled[name], value, atol=1e-5, rtol=1e-3)
+    scaler(2.0**10)
+    train("parts", 3)
+    other = scaler(2.0**4)  # the scale comes back from the checkpoint
+    resumed, _ = train("parts")
+    assert same(resumed, scaled) and other.get_scale() == 2.0**10
+
+
+@pytest.mark.parametrize("scale, ends", [(2.0**16, False), (2.0**-1, True)])
+def test_skips_of_the_scaler_are_counted_and_end_when_they_stop_helping(distillation, scaler, scale, ends):
+    objective, sampler, settings = distillation("v10", {"nonfinite_limit": 2, "precision": "fp32"}, distill_steps=5)
+    before = weights(objective)
+    objective.student.goose.ln_f.weight.register_hook(lambda grad: grad * math.inf)
+    used = scaler(scale)
+    if ends:
+        with pytest.raises(asnn.NonFiniteLoss, match="the gradient's norm is (inf|nan)"):
+            asnn.fit(objective, sampler, settings)
+    else:
+        result = asnn.fit(objective, sampler, settings)
+        assert (result.scaler_skips, result.nonfinite, used.get_scale()) == (5, 0, scale / 2**5)
+        assert all(row["grad_norm"] is None for row in result.log if "loss" in row)
+        json.dumps(result.log, allow_nan=False)
+    assert same(weights(objective), before)
+
+
+def test_teacher_on_its_own_device_gives_the_same_loss(distillation):
+    objective, sampler, _ = distillation("v14.3", {}, fdd_start=0)
+    inputs, labels = sampler.batch(0, 2)
+    expected, _ = objective(inputs, labels, step=1)
+    apart = asnn.Distiller(objective.student, objective.teacher, objective.recipe, torch.device("cpu", 0))
+    apart.temperature = objective.temperature
+    apart.place_teacher(torch.device("cpu"))
+    loss, _ = apart(inputs, labels, step=1)
+    assert torch.equal(loss, expected)
