@@ -7,7 +7,8 @@ Contents
     4  Model           GooseState, TimeMix, GooseBlock, GooseModel, GooseForCausalLM
     5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, Distiller
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
-    7  Training        FitConfig, EarlyStopping, fit, train_teacher, evaluate, spike_density
+    7  Training        FitConfig, EarlyStopping, fit, evaluate, perplexity_gap, spike_density, match_teacher,
+                       build_student, train_teacher, distillation_sampler
     11 Artefacts       environment, Run, runs, run_checks, results_table, model_card
 
 Glossary
@@ -169,8 +170,8 @@ class Recipe:
     """Everything about a distillation run, as data. Values not given are those of the published v14.3.
 
     `inferred` names the fields whose value was not published and is taken from the nearest published version,
-    `repaired` those that differ from the published ones because those were at fault. `published_ppl` is the version's, the founders' PPL on WikiText-2 raw with 256-token windows. Steps count optimiser steps;
-    `patience`, `fdd_start` and `eval_every` are in steps. Raises ValueError for a value outside what is allowed.
+    `repaired` those that differ from the published ones because those were at fault. `published_ppl` is the version's, the
+    founders' PPL on WikiText-2 raw with 256-token windows. Steps count optimiser steps; `patience`, `fdd_start` and `eval_every` are in steps. Raises ValueError for a value outside what is allowed.
     """
 
     name: str
@@ -288,8 +289,8 @@ def _history() -> dict[str, Recipe]:
                     batch_size=8, distill_steps=3000, eval_every=300)
     v8 = v7.replace(name="v8", changed="safe defaults", outcome="fixed", published_ppl=559.0, hidden_weight=0.0)
     v9 = v8.replace(name="v9", changed="D=320, 5 layers, 22M, lr 3e-4, 3000 steps", outcome="baseline",
-                    published_ppl=542.0, inferred=unpublished + ("batch_size", "eval_every", "tau", "recurrence", "output_order",
-                                            "embeddings_from_teacher"))
+                    published_ppl=542.0, inferred=unpublished + (
+                        "batch_size", "eval_every", "tau", "recurrence", "output_order", "embeddings_from_teacher"))
     v10 = v9.replace(name="v10", published_ppl=514.5)
     v11 = v10.replace(name="v11", changed="per-channel alpha and amplitude with variance penalty 0.01",
                       outcome="penalty froze learning", published_ppl=512.67, granularity="channel",
@@ -323,7 +324,8 @@ def _history() -> dict[str, Recipe]:
     v14_3 = published.replace(
         name="v14.3", changed="the published recipe with its faults repaired: decays spread over sigmoid(0.5..6), "
         "token-shift mixes in [0.5, 1], an estimator that reaches theta, unbiased CKA", decay_init="spread",
-        mix_init="spread", estimator="clipped", inferred=("seed",), repaired=("recurrence", "decay_init", "mix_init", "estimator"))
+        mix_init="spread", estimator="clipped", inferred=("seed",),
+        repaired=("recurrence", "decay_init", "mix_init", "estimator"))
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
                                 v14_3, published, cumsum)}
 
@@ -535,6 +537,8 @@ def ternary_spike(x: Tensor, theta: Tensor, estimator: str = "clipped", levels: 
             width * theta around each threshold, for x and theta.
     Returns:
         (..., D) integers in the dtype of x.
+    Raises:
+        ValueError for an estimator that does not exist.
     """
     require(estimator in ESTIMATORS, "estimator", estimator, ", ".join(ESTIMATORS))
     return _TernarySpikeFunction.apply(x, theta, levels, binary, estimator, width)
@@ -599,6 +603,7 @@ class TernarySpike(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
+        """amplitude * spikes of x (B, T, D), and the statistics after its last token."""
         spikes, statistics = self.encode(x, mask, past)
         return self.amplitude.to(x.dtype) * spikes, statistics
 
@@ -818,6 +823,7 @@ class FeedForward(nn.Module):
         self.down.into_residual = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
         return self.down(self.activation(self.up(x)))
 
 
@@ -833,6 +839,7 @@ class GooseBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 past: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """x (B, T, D), mask (B, T) with 0 at padding -> (B, T, D) and the state after the last token."""
         mixed, state = self.time_mix(self.ln_1(x), mask, past)
         x = x + mixed
         return x + self.ffn(self.ln_2(x)), state
@@ -1004,6 +1011,7 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
                                       attention_mask: Tensor | None = None, use_cache: bool | None = None,
                                       inputs_embeds: Tensor | None = None, past_key_values: GooseState | None = None,
                                       **unused: Any) -> dict[str, Any]:
+        """Called by `generate` before each forward pass: the tokens the state has not seen yet."""
         state = state if past_key_values is None else past_key_values
         if inputs_embeds is not None and (state is None or input_ids.shape[1] == 0):
             return {"inputs_embeds": inputs_embeds, "state": state, "attention_mask": attention_mask,
@@ -1099,7 +1107,8 @@ class _ChunkedDistillation(torch.autograd.Function):
                     kd += tau**2 * kl.sum() / n
                     if tau.requires_grad:
                         # d(tau^2 KL)/dtau; logits enter only up to a constant, so log-probabilities stand for them.
-                        slope = ((p_t - p_s.exp()) * p_s).sum(-1) - (p_t * (difference - kl.unsqueeze(-1)) * log_t).sum(-1)
+                        slope = ((p_t - p_s.exp()) * p_s).sum(-1)
+                        slope -= (p_t * (difference - kl.unsqueeze(-1)) * log_t).sum(-1)
                         grad_tau += kd_weight * (2 * tau * kl.sum() + tau * slope.sum()) / n
                     if needs:
                         gradient = p_s.exp_().sub_(p_t).mul_(kd_weight * tau / n * lift)
@@ -1147,8 +1156,8 @@ def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor | 
                          budget: int | None = None) -> DistillationLoss:
     """Distillation and cross-entropy from final hidden states, without (tokens, V) tensors.
 
-    Logits are made, used and dropped in chunks whose fp32 copies stay below `budget` bytes together (LOGIT_BUDGET); the gradients
-    of hidden states, head and tau are formed in the same pass, so that the backward pass makes no logits again.
+    Logits are made, used and dropped in chunks whose fp32 copies stay below `budget` bytes together (LOGIT_BUDGET);
+    the gradients of hidden states, head and tau are formed in the same pass, so that the backward pass makes no logits again.
 
     Args:
         hidden: (..., D) student states after the last LayerNorm; head: (V, D).
@@ -1157,6 +1166,8 @@ def chunked_distillation(hidden: Tensor, head: Tensor, teacher_hidden: Tensor | 
         labels: (...) next tokens, negative ones ignored.
     Returns:
         KL is summed over the vocabulary and averaged over tokens (batchmean), times tau^2 [3].
+    Raises:
+        ValueError when the two heads have different vocabularies.
     """
     if teacher_head is not None and teacher_head.shape[0] != head.shape[0]:
         raise ValueError(f"teacher vocabulary is {teacher_head.shape[0]} and the student's {head.shape[0]}; they must "
@@ -1228,6 +1239,7 @@ class Temperature(nn.Module):
         return self.lambda_max * (0.5 * (1 - math.cos(math.pi * done)) if self.mode == "paper" else done)
 
     def forward(self, progress: float = 1.0) -> Tensor:
+        """tau, a scalar tensor, at a share of the run in [0, 1]."""
         if self.mode == "fixed":
             return torch.tensor(float(self.start))
         if self.mode == "staged":
@@ -1270,9 +1282,11 @@ class MinibatchCKA:
         self.sums = torch.zeros(3, dtype=torch.float64)
 
     def update(self, x: Tensor, y: Tensor) -> None:
+        """Adds a batch: x (n, d1), y (n, d2), n >= 4."""
         self.sums += torch.stack([unbiased_hsic(a, b).double().cpu() for a, b in ((x, y), (x, x), (y, y))])
 
     def compute(self) -> float:
+        """CKA of all batches so far."""
         xy, xx, yy = self.sums.tolist()
         return xy / math.sqrt(max(xx * yy, 1e-20))
 
@@ -1359,7 +1373,8 @@ class Distiller(nn.Module):
     The teacher is held outside the module tree: it is frozen, saved in no checkpoint and may live on its own device.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, recipe: Recipe, teacher_device: torch.device | None = None):
+    def __init__(self, student: nn.Module, teacher: nn.Module, recipe: Recipe,
+                 teacher_device: torch.device | None = None):
         super().__init__()
         self.student, self.recipe = student, recipe
         self.temperature = Temperature(recipe.temperature, recipe.tau, recipe.tau_min, recipe.tau_max,
@@ -1378,6 +1393,7 @@ class Distiller(nn.Module):
 
     @property
     def teacher(self) -> nn.Module:
+        """The frozen teacher."""
         return self._outside[0]
 
     def place_teacher(self, device: torch.device) -> None:
@@ -1387,6 +1403,7 @@ class Distiller(nn.Module):
         self._outside[1] = self.teacher.get_output_embeddings().weight.to(device)
 
     def fdd_active(self, step: int) -> bool:
+        """True from step fdd_start on, until the kill switch has acted."""
         return self.recipe.fdd != "none" and step >= self.recipe.fdd_start and not self.kill_switch.killed
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
@@ -1436,9 +1453,11 @@ class Distiller(nn.Module):
         self.kill_switch.update(ppl, self.fdd_active(step))
 
     def get_extra_state(self) -> dict[str, Any]:
+        """What of the kill switch a checkpoint keeps."""
         return {"best": self.kill_switch.best, "killed": self.kill_switch.killed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The counterpart of get_extra_state."""
         self.kill_switch.best, self.kill_switch.killed = state["best"], state["killed"]
 
 
@@ -1451,6 +1470,7 @@ class LanguageModelling(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
                 want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """input_ids, labels (B, T) -> cross-entropy in nats per token, and its terms."""
         hidden = self.student.base_model(input_ids, use_cache=False).last_hidden_state
         loss, _, ce = chunked_distillation(hidden, self.student.get_output_embeddings().weight, labels=labels,
                                            ce_weight=1.0)
@@ -1544,13 +1564,15 @@ class Corpus:
     @classmethod
     def from_folder(cls, name: str, folder: Path) -> Corpus:
         """Raises ValueError that names the files that are missing or empty."""
-        bad = [f"{s}.txt" for s in SPLITS if not (folder / f"{s}.txt").is_file() or not (folder / f"{s}.txt").stat().st_size]
+        files = [folder / f"{split}.txt" for split in SPLITS]
+        bad = [file.name for file in files if not file.is_file() or not file.stat().st_size]
         if bad:
             raise ValueError(f"corpus folder {folder} has no text in {', '.join(bad)}; it needs train.txt, "
                              "validation.txt and test.txt.")
-        return cls(name, folder, content_hash(*((folder / f"{s}.txt").read_bytes() for s in SPLITS)))
+        return cls(name, folder, content_hash(*(file.read_bytes() for file in files)))
 
     def text(self, split: str) -> str:
+        """The raw text of a split."""
         return (self.folder / f"{split}.txt").read_text(encoding="utf-8")
 
     def size(self, split: str) -> dict[str, int]:
@@ -1689,7 +1711,8 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Any:
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
         tqdm = import_optional("tqdm").tqdm
         documents = corpus.text("train").split(END_OF_TEXT)
-        bpe.train_from_iterator(tqdm(documents, desc="training the tokenizer", unit="document", mininterval=1.0), trainer)
+        bar = tqdm(documents, desc="training the tokenizer", unit="document", mininterval=1.0)
+        bpe.train_from_iterator(bar, trainer)
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
                                                     pad_token=END_OF_TEXT, padding_side="left")
         with new_folder(folder) as temporary:
@@ -1714,7 +1737,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray]:
                 with tqdm(total=len(pieces), desc=f"tokenising {split}", unit="piece", mininterval=1.0,
                           disable=len(pieces) < 64) as bar:
                     for i in range(0, len(pieces), 64):
-                        batch = tokenizer.backend_tokenizer.encode_batch_fast(pieces[i:i + 64], add_special_tokens=False)
+                        batch = tokenizer.backend_tokenizer.encode_batch_fast(pieces[i:i + 64],
+                                                                              add_special_tokens=False)
                         ids += [np.array(item.ids, dtype) for item in batch]
                         bar.update(len(batch))
                 np.save(temporary / f"{split}.npy", np.concatenate(ids))
@@ -1871,14 +1895,17 @@ class FitConfig:
             require(isinstance(value, int) and value >= 1, f"FitConfig.{name}", value, "a whole number from 1")
         for name in ("lr", "clip", "patience", "max_hours"):
             value = getattr(self, name)
-            require(value is None and name in ("patience", "max_hours") or isinstance(value, (int, float)) and value > 0,
-                    f"FitConfig.{name}", value, "a number above 0")
+            optional = name in ("patience", "max_hours")
+            require(value is None and optional or isinstance(value, (int, float)) and value > 0, f"FitConfig.{name}",
+                    value, "a number above 0" + (" or None" if optional else ""))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, **overrides: Any) -> FitConfig:
+        """The recipe's optimisation fields. Raises ValueError for an override that is no field."""
         names = {item.name for item in dataclasses.fields(cls)} & {item.name for item in dataclasses.fields(recipe)}
         log_every = max(1, min(10, recipe.distill_steps // 30))
-        values = {"steps": recipe.distill_steps, "log_every": log_every, **{name: getattr(recipe, name) for name in names}, **overrides}
+        values = {"steps": recipe.distill_steps, "log_every": log_every,
+                  **{name: getattr(recipe, name) for name in names}, **overrides}
         reject_unknown(values, (item.name for item in dataclasses.fields(cls)), "FitConfig")
         return cls(**values)
 
@@ -1904,8 +1931,8 @@ class EarlyStopping:
 class FitResult:
     """What a training run did. `stopped` is `completed`, `early stopping`, `time budget` or `session limit`; only
     the first two end a run, the others are resumed by the next call with the same folder. `seconds` of optimiser steps,
-    without evaluation, and the peak are of the whole run, all its sessions together. `nonfinite` counts steps skipped for
-    a loss that was not finite, `scaler_skips` those the GradScaler skipped to find its scale."""
+    without evaluation, and the peak are of the whole run, all its sessions together. `nonfinite` counts steps skipped
+    for a loss that was not finite, `scaler_skips` those the GradScaler skipped to find its scale."""
 
     log: list[dict[str, float]]
     step: int
@@ -1921,6 +1948,7 @@ class FitResult:
 
     @property
     def finished(self) -> bool:
+        """True when no further session would train."""
         return self.stopped in ("completed", "early stopping")
 
 
@@ -1979,6 +2007,7 @@ def keep_freed_memory() -> None:
 
 
 def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -2006,7 +2035,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     precision, _ = select_precision(device, config.precision)
     # One process fits several models, each with its own precision; accelerate keeps the first one otherwise.
     accelerate.state.AcceleratorState._reset_state()
-    accelerator = accelerate.Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=device.type == "cpu")
+    accelerator = accelerate.Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision),
+                                         cpu=device.type == "cpu")
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
     seed_everything(config.seed)
@@ -2029,8 +2059,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in identity.items():
             if saved["identity"].get(name) != value:
-                raise ValueError(f"{path} was made with {name} {saved['identity'].get(name)!r} and this run has {value!r}; "
-                                 "choose another run name or the same settings.")
+                raise ValueError(f"{path} was made with {name} {saved['identity'].get(name)!r} and this run has "
+                                 f"{value!r}; choose another run name or the same settings.")
         objective.load_state_dict(saved["objective"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
@@ -2063,7 +2093,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             return value
         return max(accelerate.utils.gather_object([value]))
 
-    per_step, tokens_per_step = config.batch_size * config.grad_accum, config.batch_size * config.grad_accum * config.seq_len
+    per_step = config.batch_size * config.grad_accum
+    tokens_per_step = per_step * config.seq_len
     share = config.batch_size // world
     whole = True  # False from the update of the weights until step, log and evaluation have followed it
     begin, first_step, before = time.perf_counter(), step, trained_seconds
@@ -2188,6 +2219,7 @@ class Evaluation:
     window_nll: np.ndarray = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
+        """All but the NLL of each window."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "window_nll"}
 
 
@@ -2233,7 +2265,8 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
 
 def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, float]:
     """(gap, standard error): student PPL / teacher PPL on the same windows; the error is of the paired difference."""
-    require(student.tokens == teacher.tokens, "tokens of student and teacher", (student.tokens, teacher.tokens), "equal")
+    counts = (student.tokens, teacher.tokens)
+    require(student.tokens == teacher.tokens, "tokens of student and teacher", counts, "equal")
     gap = student.ppl / teacher.ppl
     difference = student.window_nll - teacher.window_nll
     return gap, gap * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
@@ -2267,7 +2300,8 @@ def match_teacher(recipe: Recipe, teacher: Teacher) -> tuple[Recipe, list[str]]:
     Raises ValueError when the teacher's positions end before the recipe's windows do.
     """
     positions = getattr(teacher.model.config, "max_position_embeddings", recipe.seq_len)
-    require(recipe.seq_len <= positions, "seq_len", recipe.seq_len, f"at most the {positions} positions of teacher {teacher.name}")
+    require(recipe.seq_len <= positions, "seq_len", recipe.seq_len,
+            f"at most the {positions} positions of teacher {teacher.name}")
     layers, changes, notes = len(transformer_blocks(teacher.model)), {}, []
     if max(t for _, t in recipe.layer_map) >= layers and (recipe.fdd != "none" or recipe.hidden_weight):
         changes["layer_map"] = spread_layer_map(recipe.n_layer, layers)
@@ -2292,7 +2326,8 @@ def build_student(recipe: Recipe, teacher: Teacher, seed: int | None = None) -> 
         target = student.get_input_embeddings().weight
         if source.shape != target.shape:
             raise ValueError(f"embeddings of teacher and student have shapes {tuple(source.shape)} and "
-                             f"{tuple(target.shape)}; choose d_model={source.shape[1]} or embeddings_from_teacher=False.")
+                             f"{tuple(target.shape)}; choose d_model={source.shape[1]} or "
+                             "embeddings_from_teacher=False.")
         with torch.no_grad():
             target.copy_(source)
             positions = getattr(teacher.model.base_model, "wpe", None)
@@ -2321,7 +2356,8 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
     shape = {"vocab_size": len(tokenizer), "n_positions": seq_len, "n_embd": profile.teacher_width,
              "n_layer": profile.teacher_layers, "n_head": profile.teacher_heads}
     # A teacher that sees every window about once has nothing to gain from dropout.
-    config = transformers.GPT2Config(**shape, activation_function="gelu_pytorch_tanh", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    config = transformers.GPT2Config(**shape, activation_function="gelu_pytorch_tanh", attn_pdrop=0.0,
+                                     resid_pdrop=0.0, embd_pdrop=0.0,
                                      bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     settings = FitConfig(profile.teacher_steps, profile.teacher_batch_size, profile.teacher_lr, seq_len,
                          weight_decay=0.1, seed=seed, eval_every=10**9, save_every=200, max_hours=max_hours)
@@ -2374,8 +2410,8 @@ def distillation_sampler(recipe: Recipe, tokens: np.ndarray, teacher: nn.Module)
 
 
 def outputs_folder() -> Path:
-    """ASNN_OUTPUTS, else outputs/ beside this file, or in the working folder on Kaggle and Colab, where this file may be
-    in a read-only input."""
+    """ASNN_OUTPUTS, else outputs/ beside this file, or in the working folder on Kaggle and Colab, where this file may
+    be in a read-only input."""
     if os.environ.get("ASNN_OUTPUTS"):
         return Path(os.environ["ASNN_OUTPUTS"])
     return Path(__file__).resolve().parent / "outputs" if where_am_i() == "local" else Path.cwd() / "outputs"
@@ -2546,7 +2582,8 @@ def results_table(metrics: list[dict[str, Any]]) -> str:
         env = m["environment"]
         hardware = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
         lines.append(
-            f"| {m['run']} | {m['version']} | {m['corpus']['name']} {m['corpus']['hash'][:6]}, {m['teacher']['name']} | "
+            f"| {m['run']} | {m['version']} | {m['corpus']['name']} {m['corpus']['hash'][:6]}, {m['teacher']['name']} "
+            "| "
             f"{m['student']['parameters'] / 1e6:.1f}M | {m['training']['step']} | {m['teacher']['test']['ppl']:.2f} | "
             f"{test['ppl']:.2f} | {gap['value']:.3f} ± {gap['standard_error']:.3f} ({test['windows']}) | {bits} | "
             f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | {hardware} |")

@@ -624,6 +624,9 @@ def scaler(monkeypatch):
             plain(self, *args, **kwargs)
             self.scaler = made
         monkeypatch.setattr(accelerate.Accelerator, "__init__", init)
+        # In fp32 accelerate sees no reason to unscale before it clips.
+        monkeypatch.setattr(accelerate.Accelerator, "unscale_gradients",
+                            lambda self, optimizer=None: [made.unscale_(o.optimizer) for o in self._optimizers])
         return made
     return use
 
