@@ -1049,8 +1049,10 @@ def register_auto_classes() -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones counted once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters, tied ones counted once, also on the meta device, where early transformers 5 does not tie them."""
+    config = getattr(model, "config", None)
+    tied = (getattr(model, "_tied_weights_keys", None) or {}) if getattr(config, "tie_word_embeddings", False) else {}
+    return sum(p.numel() for name, p in model.named_parameters() if name not in tied)
 
 
 # ======================================================================================================
