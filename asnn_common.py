@@ -358,7 +358,7 @@ class Profile:
     teacher_layers: int = 6
     teacher_width: int = 256
     teacher_heads: int = 4
-    teacher_steps: int = 1200
+    teacher_steps: int = 700
     teacher_lr: float = 2e-3
     teacher_batch_size: int = 8
     recipe: tuple[tuple[str, Any], ...] = ()
@@ -404,7 +404,7 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (
             recipe=(("d_model", 64), ("n_layer", 2), ("lr", 2e-3), ("distill_steps", 30), ("batch_size", 8),
                     ("seq_len", 64), ("eval_every", 10), ("fdd_start", 10), ("patience", 30),
                     ("embeddings_from_teacher", True))),
-    Profile("cpu", "minutes; the default without a GPU", recipe=_SMALL),
+    Profile("cpu", "minutes; the default without a GPU", recipe=(*_SMALL, ("distill_steps", 500))),
     Profile("ref", "the reference task: a frozen teacher and corpus in the folder that ASNN_REF names",
             corpus="ref", teacher="ref", recipe=_SMALL),
     Profile("t4", "the published size; one 16 GB GPU", corpus="wikitext-2", teacher="gpt2", vocab_size=50257,
@@ -1870,7 +1870,7 @@ class NonFiniteLoss(RuntimeError):
 class FitConfig:
     """The optimiser's side of a run. One step takes batch_size * grad_accum windows, over all processes together.
 
-    `patience` is in steps; `max_hours` bounds this session and not the run, which a later session resumes.
+    `patience` is in steps; `max_hours` bounds one call of `fit` and not the run, which a later call resumes.
     """
 
     steps: int
@@ -1931,9 +1931,9 @@ class EarlyStopping:
 
 @dataclass
 class FitResult:
-    """What a training run did. `stopped` is `completed`, `early stopping`, `time budget` or `session limit`; only
+    """What a training run did. `stopped` is `completed`, `early stopping`, `time budget` or `step limit`; only
     the first two end a run, the others are resumed by the next call with the same folder. `seconds` of optimiser steps,
-    without evaluation, and the peak are of the whole run, all its sessions together. `nonfinite` counts steps skipped
+    without evaluation, and the peak are of the whole run, all calls together. `nonfinite` counts steps skipped
     for a loss that was not finite, `scaler_skips` those the GradScaler skipped to find its scale."""
 
     log: list[dict[str, float]]
@@ -1950,7 +1950,7 @@ class FitResult:
 
     @property
     def finished(self) -> bool:
-        """True when no further session would train."""
+        """True when no further call would train."""
         return self.stopped in ("completed", "early stopping")
 
 
@@ -2025,7 +2025,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         folder: where checkpoint.pt and log.jsonl live. A checkpoint found there is resumed exactly: weights,
             optimiser, schedule, scaler, random states and data position. Raises ValueError when it belongs to other
             settings or data. Without a folder nothing is saved.
-        max_steps: ends this session after so many steps, as max_hours does after so many hours.
+        max_steps: ends this call after so many steps, as max_hours does after so many hours.
     Raises:
         NonFiniteLoss: more than `nonfinite_limit` steps had a NaN or infinite term; each was skipped.
     """
@@ -2179,7 +2179,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             if step >= config.steps:
                 stopped = "completed"
             elif not stopped and max_steps is not None and step - first_step >= max_steps:
-                stopped = "session limit"
+                stopped = "step limit"
             elif not stopped and config.max_hours is not None and agreed(
                     float(time.perf_counter() - begin >= 3600 * config.max_hours)):
                 stopped = "time budget"
@@ -2485,7 +2485,7 @@ class Run:
                 (folder / "figures").mkdir()
                 write_atomically(folder / "config.json", text)
                 write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
-                # The outputs of an earlier session, attached as an input, are read-only: go on from a copy.
+                # Outputs saved earlier and attached as an input are read-only: go on from a copy.
                 attached = find_attached(lambda p: p.name == name and (p / "checkpoint.pt").is_file()
                                          and (p / "config.json").is_file() and (p / "config.json").read_text() == text)
                 if attached:

@@ -43,8 +43,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Threads that wait must sleep: on a shared machine with few cores, spinning ones slow the working ones tenfold.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Threads that wait give up soon: on a shared machine with few cores, spinning ones slow the working ones tenfold.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def find_common():

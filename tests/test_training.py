@@ -111,7 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(distillation, toke
 
     whole, expected = run("whole")
     _, first = run("parts", 50)
-    assert (first.step, first.stopped, first.finished) == (50, "session limit", False)
+    assert (first.step, first.stopped, first.finished) == (50, "step limit", False)
     parts, second = run("parts")
     assert second.step == 100 and second.finished
     assert same(weights(whole), weights(parts))
