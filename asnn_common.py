@@ -864,6 +864,7 @@ class GoosePreTrainedModel(PreTrainedModel):
     base_model_prefix = "goose"
     _no_split_modules = ["GooseBlock"]
     _is_stateful = True
+    _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = False
     accepts_loss_kwargs = False  # the loss is a mean over tokens; a Trainer divides it by its accumulation steps
 
@@ -901,12 +902,6 @@ class GooseModel(GoosePreTrainedModel):
         self.blocks = nn.ModuleList(GooseBlock(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings = value
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 state: GooseState | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
@@ -979,12 +974,6 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
         self.goose = GooseModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 state: GooseState | None = None, labels: Tensor | None = None, inputs_embeds: Tensor | None = None,
@@ -1503,6 +1492,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ASNN_CACHE") or Path.home() / ".cache" / "asnn-goose")
 
 
+def _reference_task() -> Path:
+    folder = os.environ.get("ASNN_REF")
+    require(bool(folder), "ASNN_REF", folder, "the folder of the reference task, with corpus/ and teacher/")
+    return Path(folder)
+
+
 def input_roots() -> list[Path]:
     """Folders in which attached inputs are searched: those of ASNN_INPUTS, and Kaggle's."""
     given = [Path(p) for p in os.environ.get("ASNN_INPUTS", "").split(os.pathsep) if p]
@@ -1521,12 +1516,13 @@ def find_attached(accept: Callable[[Path], bool], depth: int = 7) -> Path | None
     return None
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes beside `path` and renames, so that a reader sees the old content or the new one and nothing between."""
+def write_atomically(path: Path, content: str | Callable[[Any], Any]) -> None:
+    """Writes a text, or what a function writes to a binary file, beside `path`, flushes it to the disk and renames: a
+    reader sees the old content or the new one, and a killed save leaves the last whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode()) if isinstance(content, str) else content(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -1595,9 +1591,7 @@ def load_corpus(name: str, max_chars: int | None = None) -> Corpus:
     if name in WIKITEXT:
         return _wikitext(name)
     if name == "ref":
-        folder = os.environ.get("ASNN_REF")
-        require(bool(folder), "ASNN_REF", folder, "the folder of the reference task, with corpus/ and teacher/")
-        return Corpus.from_folder("ref", Path(folder) / "corpus")
+        return Corpus.from_folder("ref", _reference_task() / "corpus")
     if Path(name).is_dir():
         return Corpus.from_folder(Path(name).name, Path(name))
     raise ValueError(f"corpus is {name!r}; allowed: pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists.")
@@ -1779,9 +1773,7 @@ def load_teacher(spec: str) -> Teacher:
     """
     transformers = import_optional("transformers")
     if spec == "ref":
-        folder = os.environ.get("ASNN_REF")
-        require(bool(folder), "ASNN_REF", folder, "the folder of the reference task, with corpus/ and teacher/")
-        spec = str(Path(folder) / "teacher")
+        spec = str(_reference_task() / "teacher")
     source = Path(spec)
     if not source.is_dir():
         last = spec.split("/")[-1].lower()
@@ -1988,17 +1980,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"][:torch.cuda.device_count()])
 
 
-def save_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """torch.save to a temporary file, flushed to the disk and renamed: a killed save leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(payload, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def keep_freed_memory() -> None:
     """Makes glibc keep memory that tensors free. By default it returns blocks of megabytes to the kernel and gets them
     back page by page in every step: about a fifth of the time of a small student's step on a CPU."""
@@ -2056,6 +2037,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     identity = {**{k: v for k, v in dataclasses.asdict(config).items()
                    if k not in ("max_hours", "save_every", "precision", "log_every")}, "data": sampler.fingerprint()}
     path = folder / "checkpoint.pt" if folder else None
+    for stale in folder.glob(".checkpoint.pt.*.tmp") if folder and main else ():
+        stale.unlink(missing_ok=True)  # of a save that was killed
     stopped = ""
     if path and path.is_file():
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -2081,12 +2064,13 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         if world > 1:
             states = accelerate.utils.gather_object(states)
         if main and path:
-            save_checkpoint(path, {
+            payload = {
                 "identity": identity, "objective": objective.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "random": states, "stopper": dict(vars(stopper)), "log": log,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
                 "step": step, "nonfinite": nonfinite, "scaler_skips": scaler_skips, "best": best, "stopped": stopped,
-                "trained_seconds": trained_seconds, "peak": max(peak, peak_memory_gb())})
+                "trained_seconds": trained_seconds, "peak": max(peak, peak_memory_gb())}
+            write_atomically(path, lambda file: torch.save(payload, file))
             write_atomically(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
 
     def agreed(value: float) -> float:

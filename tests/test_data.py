@@ -410,7 +410,7 @@ def test_an_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch):
         asnn.write_atomically(path, "new content")
     assert path.read_text() == "old"
     monkeypatch.undo()
-    asnn.write_atomically(path, b"new")
+    asnn.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
 
 

@@ -18,15 +18,6 @@ SHAPE = {"vocab_size": V, "d_model": 32, "n_layer": 3, "n_positions": 24, "pad_t
 ORDERS = ("gate_first", "project_first")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The products are too small to be shared between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(shake=True, **options):
     """A model whose parameters are all away from their start values, so that a lost one shows."""
     torch.manual_seed(0)

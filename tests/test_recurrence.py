@@ -10,15 +10,6 @@ DECAYS = {"1e-6": [1e-6] * D, "0.378": [0.378] * D, "0.5": [0.5] * D, "0.9": [0.
 NAMES = ("r", "k", "v", "w", "state")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are too small to be shared between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def inputs(T, decay="mixed", dtype=torch.float64, spikes=False):
     r, k, v = (torch.randn(B, T, D, dtype=torch.float64) for _ in range(3))
     if spikes:

@@ -235,10 +235,12 @@ def test_a_run_killed_while_it_saves_resumes_from_the_last_whole_checkpoint(tmp_
     ended = in_a_process([script, tmp_path / "run"])
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert list((tmp_path / "run").glob(".checkpoint.pt.*.tmp"))
     objective = runpy.run_path(str(script))["objective"]
     resumed, whole = objective("v14.3"), objective("v14.3")
     torch.nn.init.zeros_(resumed[0].student.goose.embeddings.weight)
     result, expected = asnn.fit(*resumed, folder=tmp_path / "run"), asnn.fit(*whole)
+    assert not list((tmp_path / "run").glob(".checkpoint.pt.*.tmp"))  # what the killed save left is gone
     assert result.step == 6 and without_speed(result.log) == without_speed(expected.log)
     assert same(weights(resumed[0]), weights(whole[0]))
 
