@@ -170,8 +170,9 @@ class Recipe:
     """Everything about a distillation run, as data. Values not given are those of the published v14.3.
 
     `inferred` names the fields whose value was not published and is taken from the nearest published version,
-    `repaired` those that differ from the published ones because those were at fault. `published_ppl` is the version's, the
-    founders' PPL on WikiText-2 raw with 256-token windows. Steps count optimiser steps; `patience`, `fdd_start` and `eval_every` are in steps. Raises ValueError for a value outside what is allowed.
+    `repaired` those that differ from the published ones because those were at fault. `published_ppl` is the version's,
+    the founders' PPL on WikiText-2 raw with 256-token windows. Steps count optimiser steps; `patience`, `fdd_start` and
+    `eval_every` are in steps. Raises ValueError for a value outside what is allowed.
     """
 
     name: str
@@ -2467,13 +2468,16 @@ class Run:
             if not folder.exists():
                 folder.mkdir(parents=True)
                 (folder / "figures").mkdir()
-                write_atomically(folder / "config.json", text)
-                write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
                 # Outputs saved earlier and attached as an input are read-only: go on from a copy.
                 attached = find_attached(lambda p: p.name == name and (p / "checkpoint.pt").is_file()
                                          and (p / "config.json").is_file() and (p / "config.json").read_text() == text)
                 if attached:
-                    shutil.copyfile(attached / "checkpoint.pt", folder / "checkpoint.pt")
+                    with open(attached / "checkpoint.pt", "rb") as source:
+                        write_atomically(folder / "checkpoint.pt", lambda file: shutil.copyfileobj(source, file))
+                # The settings come last: they make the folder one that a later call resumes.
+                write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
+                write_atomically(folder / "config.json", text)
+                if attached:
                     return cls(folder, f"resuming the attached unfinished run {attached}")
                 why = "" if number == 1 else f" ({name} exists with other settings or is finished)"
                 return cls(folder, f"new run {folder.name}{why}")
