@@ -37,6 +37,7 @@ readme: env  ## update the README's tables
 bench: env  ## measure a training step and the full size
 	@$(VENV_PYTHON) .ci/bench.py step
 	@$(VENV_PYTHON) .ci/bench.py full
+	@$(VENV_PYTHON) .ci/bench.py full --recipe v14.4-t4
 
 clean:  ## remove the environment and all caches, but no outputs
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -2,13 +2,14 @@
 
 Contents
     1  Configuration   GooseConfig, Recipe, RECIPES, get_recipe, Profile, PROFILES, select_profile
-    2  Spikes          ternary_spike, SpikeStatistics, TernarySpike
-    3  Recurrence      recurrence_reference, recurrence_chunked, recurrence_step, recurrence_cumsum
-    4  Model           GooseState, TimeMix, GooseBlock, GooseModel, GooseForCausalLM
+    2  Spikes          ternary_spike, SpikeStatistics, TernarySpike, SpikeEncoder
+    3  Recurrence      recurrence_reference, _chunked, _step, _cumsum; matrix_recurrence_reference, _chunked, _step
+    4  Model           GooseState, TimeMix, MatrixTimeMix, GooseBlock, GooseModel, GooseForCausalLM
     5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, Distiller
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
-    7  Training        FitConfig, EarlyStopping, fit, evaluate, perplexity_gap, spike_density, match_teacher,
-                       build_student, train_teacher, distillation_sampler
+    7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_modules, spike_density,
+                       match_teacher, transfer_weights, calibrate_encoders, build_student, train_teacher,
+                       distillation_sampler
     11 Artefacts       environment, Run, runs, run_checks, results_table, model_card
 
 Glossary
@@ -27,6 +28,10 @@ Papers
     [7] Song et al. 2012, Feature Selection via Dependence Maximization (unbiased HSIC), JMLR 13
     [8] Nguyen et al. 2021, Do Wide and Deep Networks Learn the Same Things? (minibatch CKA), arXiv 2010.15327
     [9] Li et al. 2017, Ternary Weight Networks (threshold proportional to mean|x|), arXiv 1605.04711
+    [10] Yang et al. 2024, Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635
+    [11] Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484
+    [12] Peng et al. 2025, RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv 2503.14456
+    [13] Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon
 """
 from __future__ import annotations
 
@@ -72,6 +77,10 @@ __version__ = "14.3.0"
 ESTIMATORS = ("identity", "normalised", "clipped")
 THRESHOLDS = ("token", "channel", "mixed")
 GRANULARITIES = ("scalar", "channel")
+STATES = ("vector", "matrix", "delta")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear")
+SITES = ("k", "v", "mix_in", "mix_out", "ffn_in", "ffn_hidden", "head_in")
 
 
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -118,7 +127,14 @@ def spike_levels(kind: str) -> int:
 STUDENT_CHOICES = {
     "recurrence": ("chunked", "reference", "cumsum"), "decay_init": ("spread", "published"),
     "mix_init": ("spread", "published"), "output_order": ("gate_first", "project_first"), "threshold": THRESHOLDS,
-    "granularity": GRANULARITIES, "estimator": ESTIMATORS}
+    "granularity": GRANULARITIES, "estimator": ESTIMATORS, "state_kind": STATES}
+
+
+def check_sites(sites: Iterable[str], name: str = "spike_sites") -> tuple[str, ...]:
+    """The sites in the order of SITES. Raises ValueError for one that does not exist, and without k and v."""
+    sites = tuple(sites)
+    require({"k", "v"} <= set(sites) <= set(SITES), name, sites, f"'k', 'v' and any of {', '.join(SITES[2:])}")
+    return tuple(site for site in SITES if site in sites)
 
 
 class GooseConfig(PreTrainedConfig):
@@ -126,7 +142,10 @@ class GooseConfig(PreTrainedConfig):
 
     `decay_init` and `mix_init` are `spread` (ours) or `published` (every decay 0.378; the last layer blind to the
     current token), `recurrence` is `chunked`, `reference` or `cumsum` (the founders' formula, inexact),
-    `output_order` is `gate_first`, W_o(r * S), or `project_first`, r * W_o(S).
+    `output_order` is `gate_first`, W_o(r * S), or `project_first`, r * W_o(S). `state_kind` is `vector`, `matrix` or
+    `delta` (see MatrixTimeMix), the last two with heads of `head_width` channels; `projection_bias` gives k, v, r and
+    the output a bias. `spike_sites` are k, v and the sites before a Linear where a SpikeEncoder of `encoder_kind`
+    stands: mix_in (k, v, r, gate), mix_out (W_o), ffn_in (W_1), ffn_hidden (W_2), head_in.
     """
 
     model_type = "goose"
@@ -137,9 +156,11 @@ class GooseConfig(PreTrainedConfig):
 
     def __init__(self, vocab_size: int = 50257, d_model: int = 768, n_layer: int = 5, n_positions: int = 1024,
                  ffn_width: int | None = None, activation: str = "silu", layer_norm_epsilon: float = 1e-5,
-                 initializer_range: float = 0.02, state_kind: str = "vector", recurrence: str = "chunked",
+                 initializer_range: float = 0.02, state_kind: str = "vector", head_width: int = 64,
+                 projection_bias: bool = False, recurrence: str = "chunked",
                  decay_init: str = "spread", mix_init: str = "spread", output_order: str = "gate_first",
-                 spike_kind: str = "ternary", spike_sites: tuple[str, ...] = ("k", "v"), threshold: str = "token",
+                 spike_kind: str = "ternary", spike_sites: tuple[str, ...] = ("k", "v"),
+                 encoder_kind: str = "ternary", threshold: str = "token",
                  granularity: str = "scalar", alpha_init: float = 1.0, amplitude_init: float = 1.0,
                  estimator: str = "clipped", use_cache: bool = True, tie_word_embeddings: bool = True,
                  bos_token_id: int | None = None, eos_token_id: int | None = None, pad_token_id: int | None = None,
@@ -148,17 +169,26 @@ class GooseConfig(PreTrainedConfig):
         for name in ("vocab_size", "d_model", "n_layer", "n_positions"):
             require(isinstance(values[name], int) and values[name] >= 1, name, values[name], "a whole number from 1")
         require(ffn_width is None or ffn_width >= 1, "ffn_width", ffn_width, "None (4 * d_model) or a number from 1")
-        for name, allowed in {"state_kind": ("vector",), **STUDENT_CHOICES}.items():
+        for name, allowed in STUDENT_CHOICES.items():
             require(values[name] in allowed, name, values[name], ", ".join(allowed))
-        require(tuple(spike_sites) == ("k", "v"), "spike_sites", spike_sites, "('k', 'v')")
+        values["spike_sites"] = list(check_sites(spike_sites))
+        if state_kind != "vector":
+            require(isinstance(head_width, int) and head_width >= 1 and d_model % head_width == 0, "head_width",
+                    head_width, f"a divisor of d_model = {d_model}")
+            require(recurrence != "cumsum", "recurrence", recurrence, f"chunked, reference for state_kind {state_kind}")
+            require(output_order == "gate_first", "output_order", output_order, f"gate_first for {state_kind}")
+        require("mix_out" not in spike_sites or output_order == "gate_first", "output_order", output_order,
+                "gate_first with the spike site mix_out")
         spike_levels(spike_kind)
+        require(encoder_kind != "binary" and spike_levels(encoder_kind) > 0, "encoder_kind", encoder_kind,
+                "ternary, integer:k with k from 1 to 127")
         for name in ("alpha_init", "amplitude_init"):
             require(values[name] > 0, name, values[name], "a number above 0")
         # What the library itself writes into config.json passes; a misspelt field of ours does not.
         library = {*dir(PreTrainedConfig), *PreTrainedConfig().to_dict(), "auto_map", "torch_dtype",
                    "attn_implementation", "experts_implementation"}
         reject_unknown((k for k in kwargs if not k.startswith("_") and k not in library), values, "GooseConfig")
-        values.update(ffn_width=ffn_width or 4 * d_model, spike_sites=list(spike_sites))
+        values.update(ffn_width=ffn_width or 4 * d_model)
         for name, value in values.items():
             setattr(self, name, value)
         super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id,
@@ -189,16 +219,29 @@ class Recipe:
     decay_init: str = "published"
     mix_init: str = "published"
     output_order: str = "gate_first"
+    state_kind: str = "vector"
+    head_width: int = 64
+    projection_bias: bool = False
     spike_kind: str = "ternary"
+    spike_sites: tuple[str, ...] = ("k", "v")
+    encoder_kind: str = "ternary"
     threshold: str = "token"
     granularity: str = "scalar"
     alpha_init: float = 1.0
     amplitude_init: float = 1.0
     estimator: str = "identity"
-    # teacher
+    # teacher and corpus; a corpus and a time budget count in profile t4, where no parameter says otherwise
+    corpus: str | None = None
+    max_hours: float | None = None
     teacher: str = "gpt2"
     embeddings_from_teacher: bool = False
+    weights_from_teacher: bool = False
+    transfer_layers: tuple[int, ...] | None = None
+    output_scale: float = 1.0
     # objective
+    align_steps: int = 0
+    ce_start: int = 0
+    anneal_steps: int = 0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: str = "bounded"
@@ -218,7 +261,11 @@ class Recipe:
     curriculum: str = "none"
     # optimisation
     distill_steps: int = 5000
+    optimizer: str = "adamw"
     lr: float = 2e-4
+    matrix_lr: float | None = None
+    beta2: float = 0.999
+    schedule: str = "cosine"
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
     batch_size: int = 8
@@ -233,6 +280,7 @@ class Recipe:
     def __post_init__(self):
         for name, allowed in (("temperature", ("fixed", "bounded", "paper", "staged")),
                               ("fdd", ("none", "cka_delta", "logit_lens")), ("curriculum", ("none", "pocl")),
+                              ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
                               *STUDENT_CHOICES.items()):
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
         spike_levels(self.spike_kind)
@@ -242,13 +290,21 @@ class Recipe:
         above, share = (lambda x: 0 < x < math.inf, "a number above 0"), (lambda x: 0 <= x <= 1, "a number in [0, 1]")
         least = lambda x: 0 <= x < math.inf, "a number from 0"  # noqa: E731
         for (test, allowed), names in (
-                (above, ("lr", "clip", "tau", "tau_min", "tau_max", "alpha_init", "amplitude_init", "patience")),
-                (share, ("warmup_ratio", "lambda_warmup_ratio", "lambda_max")),
+                (above, ("lr", "clip", "tau", "tau_min", "tau_max", "alpha_init", "amplitude_init", "patience",
+                         "output_scale")),
+                (share, ("warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2")),
                 (least, ("kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
-                         "min_delta", "fdd_start", "fdd_max_regression"))):
+                         "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps",
+                         "matrix_lr"))):
             for name in names:
                 value = getattr(self, name)
+                if name == "matrix_lr" and value is None:
+                    continue
                 require(isinstance(value, (int, float)) and test(value), f"Recipe.{name}", value, allowed)
+        require(self.beta2 < 1, "Recipe.beta2", self.beta2, "a number in [0, 1)")
+        check_sites(self.spike_sites, "Recipe.spike_sites")
+        require(self.align_steps < self.distill_steps, "Recipe.align_steps", self.align_steps,
+                f"less than distill_steps = {self.distill_steps}")
         low, high = (1.0, 21.0) if self.temperature == "paper" else (self.tau_min, self.tau_max)
         require(self.temperature not in ("bounded", "paper") or low < self.tau < high, "Recipe.tau", self.tau,
                 f"between {low} and {high}, exclusive, for temperature {self.temperature}")
@@ -262,12 +318,23 @@ class Recipe:
             pairs = overrides["layer_map"]
             overrides["layer_map"] = tuple(sorted((int(s), int(t)) for s, t in
                                                   (pairs.items() if isinstance(pairs, dict) else pairs)))
+        for name in ("spike_sites", "transfer_layers"):
+            if overrides.get(name) is not None:
+                overrides[name] = tuple(overrides[name])
         return dataclasses.replace(self, **overrides)
+
+    def stages(self) -> list[tuple[str, int, int]]:
+        """(name, first step, step after the last) of each stage of the run."""
+        ce = min(max(self.align_steps, self.ce_start), self.distill_steps) if self.ce_weight else self.distill_steps
+        edges = {"layerwise alignment": (0, self.align_steps), "KL": (self.align_steps, ce),
+                 "KL + CE": (ce, self.distill_steps)}
+        return [(name, *edge) for name, edge in edges.items() if edge[1] > edge[0]]
 
     def student_config(self, vocab_size: int, **overrides: Any) -> GooseConfig:
         """The student's architecture for a teacher with `vocab_size` tokens."""
         names = ("d_model", "n_layer", "activation", "recurrence", "decay_init", "mix_init", "output_order",
-                 "spike_kind", "threshold", "granularity", "alpha_init", "amplitude_init", "estimator")
+                 "state_kind", "head_width", "projection_bias", "spike_kind", "spike_sites", "encoder_kind",
+                 "threshold", "granularity", "alpha_init", "amplitude_init", "estimator")
         values = {"vocab_size": vocab_size, "n_positions": self.seq_len, **{n: getattr(self, n) for n in names}}
         return GooseConfig(**{**values, **overrides})
 
@@ -327,8 +394,21 @@ def _history() -> dict[str, Recipe]:
         "token-shift mixes in [0.5, 1], an estimator that reaches theta, unbiased CKA", decay_init="spread",
         mix_init="spread", estimator="clipped", inferred=("seed",),
         repaired=("recurrence", "decay_init", "mix_init", "estimator"))
+    v14_4 = v14_3.replace(
+        name="v14.4", changed="started from the teacher's weights; delta-rule matrix state; Muon; fixed tau 1, KL + CE",
+        published_ppl=None, inferred=(), repaired=(), outcome="", weights_from_teacher=True, output_scale=0.5,
+        state_kind="delta", projection_bias=True, activation="gelu_pytorch_tanh", temperature="fixed", tau=1.0,
+        ce_weight=0.2, fdd="none", align_steps=833, patience=5000, optimizer="muon", lr=4e-4, matrix_lr=1e-3, beta2=0.95)
+    v14_4_sites = v14_4.replace(name="v14.4-sites", changed="v14.4 with every matrix product of the layers fed by spikes",
+                                spike_sites=SITES[:-1])
+    v14_4_vector = v14_4.replace(name="v14.4-vector", changed="v14.4 with the founders' vector state",
+                                 state_kind="vector")
+    # 16,384 tokens a step; at an estimated 10,000 tokens/s of a T4, 12,000 steps are 5.5 hours.
+    v14_4_t4 = v14_4.replace(name="v14.4-t4", changed="v14.4 at length: WikiText-103, 197M tokens, one T4 for 6 hours",
+                             corpus="wikitext-103", max_hours=6.0, seq_len=512, batch_size=8, grad_accum=4,
+                             distill_steps=12_000, eval_every=500, patience=12_000, warmup_ratio=0.05)
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
-                                v14_3, published, cumsum)}
+                                v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_vector, v14_4_t4)}
 
 
 RECIPES: dict[str, Recipe] = _history()
@@ -346,7 +426,8 @@ class Profile:
     """How large a run is: corpus, teacher and the recipe fields that change with it.
 
     `corpus` and `teacher` are what `load_corpus` and `load_teacher` accept; teacher `train` trains one of the
-    `teacher_*` shape here. `recipe` holds overrides of Recipe fields as pairs. `eval_windows` bounds the evaluation
+    `teacher_*` shape here. `recipe` holds overrides of Recipe fields as pairs; the recipe's learning rates, those of
+    the full width, are multiplied by `lr_scale`. `eval_windows` bounds the evaluation
     inside training; results are always computed on whole splits unless `final_windows` is set.
     """
 
@@ -363,6 +444,7 @@ class Profile:
     teacher_lr: float = 2e-3
     teacher_batch_size: int = 8
     recipe: tuple[tuple[str, Any], ...] = ()
+    lr_scale: float = 1.0
     eval_windows: int = 64
     final_windows: int | None = None
 
@@ -377,11 +459,18 @@ class Profile:
         Fields counted in steps shrink with `distill_steps`, and the layer map is spread over the new depths.
         """
         given = {**dict(self.recipe), **overrides}
-        steps = given.get("distill_steps", 1)
+        steps = given.get("distill_steps", recipe.distill_steps)
         require(isinstance(steps, int) and steps >= 1, "distill_steps", steps, "a whole number from 1")
-        ratio = given.get("distill_steps", recipe.distill_steps) / recipe.distill_steps
+        ratio = steps / recipe.distill_steps
         for name in ("fdd_start", "patience", "eval_every"):
             given.setdefault(name, max(1, round(getattr(recipe, name) * ratio)))
+        if recipe.patience >= recipe.distill_steps and "patience" not in overrides:
+            given["patience"] = steps  # a recipe that runs to its end does so at any size
+        for name in ("align_steps", "ce_start", "anneal_steps"):
+            given.setdefault(name, round(getattr(recipe, name) * ratio))
+        for name in ("lr", "matrix_lr"):
+            if getattr(recipe, name) is not None:
+                given.setdefault(name, getattr(recipe, name) * self.lr_scale)
         n_layer = given.get("n_layer", recipe.n_layer)
         if (n_layer, self.teacher_layers) != (recipe.n_layer, 12):
             given.setdefault("layer_map", spread_layer_map(n_layer, self.teacher_layers))
@@ -396,18 +485,20 @@ def spread_layer_map(n_layer: int, teacher_layers: int) -> tuple[tuple[int, int]
                  for s in students)
 
 
-_SMALL = (("d_model", 256), ("n_layer", 3), ("lr", 1e-3), ("distill_steps", 600), ("batch_size", 8), ("seq_len", 256),
+_SMALL = (("d_model", 256), ("n_layer", 3), ("distill_steps", 600), ("batch_size", 8), ("seq_len", 256),
           ("eval_every", 100), ("patience", 300), ("embeddings_from_teacher", True))
 
 PROFILES: dict[str, Profile] = {p.name: p for p in (
     Profile("tiny", "seconds; for continuous integration", corpus_chars=400_000, vocab_size=512, teacher_layers=2,
             teacher_width=64, teacher_heads=2, teacher_steps=40, teacher_lr=3e-3, eval_windows=8, final_windows=16,
-            recipe=(("d_model", 64), ("n_layer", 2), ("lr", 2e-3), ("distill_steps", 30), ("batch_size", 8),
+            lr_scale=10.0,
+            recipe=(("d_model", 64), ("n_layer", 2), ("head_width", 32), ("distill_steps", 30), ("batch_size", 8),
                     ("seq_len", 64), ("eval_every", 10), ("fdd_start", 10), ("patience", 30),
                     ("embeddings_from_teacher", True))),
-    Profile("cpu", "minutes; the default without a GPU", recipe=(*_SMALL, ("distill_steps", 500))),
+    Profile("cpu", "minutes; the default without a GPU", lr_scale=5.0,
+            recipe=(*_SMALL, ("distill_steps", 300))),
     Profile("ref", "the reference task: a frozen teacher and corpus in the folder that ASNN_REF names",
-            corpus="ref", teacher="ref", recipe=_SMALL),
+            corpus="ref", teacher="ref", lr_scale=5.0, recipe=_SMALL),
     Profile("t4", "the published size; one 16 GB GPU", corpus="wikitext-2", teacher="gpt2", vocab_size=50257,
             teacher_layers=12, teacher_width=768, teacher_heads=12),
 )}
@@ -508,18 +599,17 @@ class _TernarySpikeFunction(torch.autograd.Function):
             grad_x = upstream * slope
             grad_theta = -grad_x * value / threshold
         else:
+            # A spike appears where |x| crosses level * theta; the step's derivative is replaced by that of a sigmoid
+            # of this scale around the crossing. That derivative is even, so that one form serves both signs.
             scale = ctx.width * threshold
-            grad_x = torch.zeros_like(value)
-            grad_theta = torch.zeros_like(value)
+            position, upstream = value / scale, upstream / scale
+            grad_x, grad_theta = torch.zeros_like(value), torch.zeros_like(value)
             for level in range(1, ctx.levels + 1):
                 for side in (1.0,) if ctx.binary else (1.0, -1.0):
-                    # A spike appears where side * x crosses level * theta; the step's derivative is replaced by
-                    # that of a sigmoid of this scale around the crossing.
-                    gate = torch.sigmoid((side * value - level * threshold) / scale)
-                    window = gate * (1 - gate) / scale
+                    gate = torch.sigmoid(position - side * level / ctx.width)
+                    window = torch.ops.aten.sigmoid_backward(upstream, gate)  # upstream * gate * (1 - gate)
                     grad_x += window
-                    grad_theta -= side * level * window
-            grad_x, grad_theta = grad_x * upstream, grad_theta * upstream
+                    grad_theta.sub_(window, alpha=side * level)
         return (grad_x.to(x.dtype), grad_theta.sum_to_size(theta.shape).to(theta.dtype), None, None, None, None)
 
 
@@ -562,6 +652,7 @@ class TernarySpike(nn.Module):
     """
 
     PRIOR = 4.0
+    share = 1.0  # of the spikes in what training sees, the rest is x itself: annealing from dense to ternary
 
     def __init__(self, d_model: int, kind: str = "ternary", threshold: str = "token", granularity: str = "scalar",
                  alpha_init: float = 1.0, amplitude_init: float = 1.0, estimator: str = "clipped"):
@@ -575,6 +666,7 @@ class TernarySpike(nn.Module):
         size = d_model if granularity == "channel" else 1
         self.alpha = nn.Parameter(torch.full((size,), float(alpha_init)))
         self.amplitude = nn.Parameter(torch.full((size,), float(amplitude_init)))
+        self.spikes = nn.Identity()  # all spikes pass through here: where they are observed and replaced
 
     def theta(self, x: Tensor, mask: Tensor | None = None,
               past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
@@ -598,18 +690,81 @@ class TernarySpike(nn.Module):
                past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
         """Spikes of x (B, T, D) without their height, and the statistics after its last token."""
         if self.kind == "dense":
-            return x, None
+            return self.spikes(x), None
         theta, statistics = self.theta(x, mask, past)
-        return ternary_spike(x, theta, self.estimator, self.levels, self.kind == "binary"), statistics
+        return self.spikes(ternary_spike(x, theta, self.estimator, self.levels, self.kind == "binary")), statistics
 
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
         """amplitude * spikes of x (B, T, D), and the statistics after its last token."""
         spikes, statistics = self.encode(x, mask, past)
+        if self.training and self.share < 1:
+            spikes = torch.lerp(x, spikes.to(x.dtype), self.share)
         return self.amplitude.to(x.dtype) * spikes, statistics
 
     def extra_repr(self) -> str:
         return f"{self.kind}, threshold={self.threshold}, estimator={self.estimator}, size={self.alpha.numel()}"
+
+
+class SpikeEncoder(nn.Module):
+    """x ~ centre + amplitude * scale * s: spikes s in the place of x (B, T, X) where a Linear follows.
+
+    centre, amplitude and alpha are per channel, scale = mean|x - centre| is one number per token, and s are the spikes
+    of x - centre at theta = alpha * scale. The Linear after it can absorb all but s and scale (`fold`), so that the
+    product that remains is between weights and {-1, 0, +1}, or event counts up to k for 'integer:k'. `dense` passes x
+    on: the twin without spikes.
+    """
+
+    share = 1.0  # see TernarySpike
+
+    def __init__(self, width: int, kind: str = "ternary", estimator: str = "clipped"):
+        super().__init__()
+        require(kind != "binary", "encoder_kind", kind, "dense, ternary, integer:k")
+        require(estimator in ESTIMATORS, "estimator", estimator, ", ".join(ESTIMATORS))
+        self.levels, self.kind, self.estimator = spike_levels(kind), kind, estimator
+        self.centre = nn.Parameter(torch.zeros(width))
+        self.alpha = nn.Parameter(torch.ones(width))
+        self.amplitude = nn.Parameter(torch.ones(width))
+        self.spikes = nn.Identity()
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Sets centre, alpha and amplitude from a batch x (..., X): the channel's median, 0.77 times its mean deviation
+        (the optimum of a Gaussian; 0.67, 0.59 for counts up to 2, 3, near theirs), the least-squares height for it."""
+        x = x.detach().float().reshape(-1, x.shape[-1])
+        self.centre.copy_(x.median(0).values)
+        x = x - self.centre
+        x = x / x.abs().mean(-1, keepdim=True).clamp_min(1e-6)
+        self.alpha.copy_(0.77 / (1 + 0.15 * (self.levels - 1)) * x.abs().mean(0).clamp_min(1e-3))
+        count = sum((x.abs() > level * self.alpha).float() for level in range(1, self.levels + 1))
+        self.amplitude.copy_((x.abs() * count).sum(0) / count.square().sum(0).clamp_min(1.0))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Spikes (B, T, X) and the scale (B, T, 1) of x (B, T, X)."""
+        x = x - self.centre.to(x.dtype)
+        scale = x.float().abs().mean(-1, keepdim=True)
+        theta = self.alpha.float().abs() * scale.detach()
+        return self.spikes(ternary_spike(x, theta, self.estimator, self.levels)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, X) as its code reads it."""
+        if self.kind == "dense":
+            return self.spikes(x)
+        spikes, scale = self.encode(x)
+        code = self.centre.to(x.dtype) + (self.amplitude * scale).to(x.dtype) * spikes
+        return torch.lerp(x, code, self.share) if self.training and self.share < 1 else code
+
+    @torch.no_grad()
+    def fold(self, linear: nn.Linear) -> nn.Linear:
+        """A Linear for which linear(self(x)) = scale * (s @ weight^T) + bias: weight (out, X) takes the amplitude,
+        bias (out,) the centre."""
+        folded = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
+        folded.weight.copy_(linear.weight * self.amplitude)
+        folded.bias.copy_(linear.weight @ self.centre + (0 if linear.bias is None else linear.bias))
+        return folded
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, estimator={self.estimator}, size={self.alpha.numel()}"
 
 
 # ======================================================================================================
@@ -618,8 +773,8 @@ class TernarySpike(nn.Module):
 #
 # The vector state: S_t = w * S_{t-1} + k_t * v_t per channel, read out as r_t * S_t. All forms take r, k, v
 # (B, T, D), w (D,) in (0, 1) and the state before the first token (B, D), and return the read-out (B, T, D) in the
-# dtype of k and the state after the last token (B, D) in fp32 (fp64 for fp64 inputs). A matrix state has the same
-# signature with S (B, H, N, N).
+# dtype of k and the state after the last token (B, D) in fp32 (fp64 for fp64 inputs). The matrix state below has the
+# same signature with heads, and S (B, H, N, N).
 
 
 def _recurrence_inputs(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None):
@@ -710,8 +865,104 @@ def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
     return (gate * states).to(k.dtype), states[:, -1]
 
 
+# The matrix state, per head: S_t = diag(w) S_{t-1} + k_t v_t^T, read out as r_t S_t [10]. With `beta` it is the delta
+# rule [11], [12]: only what the state does not yet hold under the key is written,
+#     S_t = diag(w) S_{t-1} + beta_t k_t (v_t - k_t S_{t-1})^T,
+# which needs |k| <= 1 and beta in (0, 1), or the state may grow. All forms take r, k (B, T, H, N), v (B, T, H, M),
+# w (H, N), beta (B, T, H) or None and S (B, H, N, M), and return the read-out (B, T, H, M) in the dtype of k and the
+# last state in fp32 (fp64 for fp64 inputs). Decays below MIN_DECAY count as MIN_DECAY in all of them, so that the
+# powers of 1/w inside a chunk stay finite.
+
+MIN_DECAY = 0.1
+
+
+def _matrix_inputs(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None, beta: Tensor | None):
+    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    B, _, H, N = k.shape
+    start = k.new_zeros(B, H, N, v.shape[-1], dtype=dtype) if state is None else state.to(dtype)
+    w = w.to(dtype).clamp_min(MIN_DECAY)
+    return r.to(dtype), k.to(dtype), v.to(dtype), w, start, None if beta is None else beta.to(dtype)
+
+
+def matrix_recurrence_reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None,
+                                beta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loop over tokens that the other forms are checked against."""
+    dtype = k.dtype
+    r, k, v, w, S, beta = _matrix_inputs(r, k, v, w, state, beta)
+    out = []
+    for t in range(k.shape[1]):
+        write, value = k[:, t], v[:, t]  # (B, H, N), (B, H, M)
+        if beta is not None:
+            value = value - torch.einsum("bhn,bhnm->bhm", write, S)
+            write = beta[:, t].unsqueeze(-1) * write
+        S = w.unsqueeze(-1) * S + write.unsqueeze(-1) * value.unsqueeze(-2)
+        out.append(torch.einsum("bhn,bhnm->bhm", r[:, t], S))
+    return torch.stack(out, 1).to(dtype), S
+
+
+def matrix_recurrence_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None,
+                           beta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One token, T = 1: what decoding runs."""
+    return matrix_recurrence_reference(r, k, v, w, state, beta)
+
+
+def matrix_recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None,
+                              beta: Tensor | None = None, chunk: int = 32) -> tuple[Tensor, Tensor]:
+    """The loop in chunks: inside a chunk of C tokens, (C, C) products; between chunks, one state.
+
+    With W_i = w^i after i tokens of the chunk and S its first state, the values written are the rows of
+        E = V - tril((k W^-)(beta k / W)^T, -1) E - (k W^-) S,    W^- = w^(i-1),
+    a triangular system (the "UT transform" of [11]); without beta, E = V. Then
+        out = (r W) S + tril((r W)(beta k / W)^T) E,    S' = W_C S + (beta k W_C / W)^T E.
+    `chunk` is at most 32: 1/w^32 is finite in fp32 for every w from MIN_DECAY on.
+    """
+    require(1 <= chunk <= 32, "chunk", chunk, "1 to 32")
+    if k.shape[1] == 1:
+        return matrix_recurrence_step(r, k, v, w, state, beta)
+    dtype = k.dtype
+    r, k, v, w, S, beta = _matrix_inputs(r, k, v, w, state, beta)
+    B, T, H, N = k.shape
+    n = -(-T // chunk)
+
+    def split(x: Tensor) -> Tensor:  # (B, T, H, X) -> (B, H, n, C, X), zeros at the end
+        x = F.pad(x, (0, 0, 0, 0, 0, n * chunk - T))
+        return x.view(B, n, chunk, H, -1).permute(0, 3, 1, 2, 4)
+
+    steps = torch.arange(1, chunk + 1, device=k.device, dtype=w.dtype).unsqueeze(-1)  # (C, 1)
+    log_w = w.log().view(H, 1, 1, N)
+    r, k, v = split(r), split(k), split(v)
+    write = k if beta is None else k * split(beta.unsqueeze(-1))
+    read, inverse = r * (steps * log_w).exp(), write * (-steps * log_w).exp()
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=k.device).tril()
+    attend = (read @ inverse.transpose(-1, -2)).masked_fill(~lower, 0)  # (B, H, n, C, C)
+    written = v
+    if beta is not None:
+        before = k * ((steps - 1) * log_w).exp()
+        system = (before @ inverse.transpose(-1, -2)).masked_fill(~lower.tril(-1), 0)  # the unit diagonal is implied
+        both = torch.linalg.solve_triangular(system, torch.cat((v, before), -1), upper=False, unitriangular=True)
+        written, before = both.split((v.shape[-1], N), -1)
+    # w^(size - i) for the carry; padding ages no state: the last chunk counts the tokens that are there.
+    last = T - (n - 1) * chunk
+    carry = torch.cat(((chunk - steps).expand(n - 1, chunk, 1),
+                       (last - steps).clamp_min(0).unsqueeze(0)))  # (n, C, 1)
+    end = write * (carry * log_w).exp()  # (B, H, n, C, N)
+    # unbind and not an index in the loop: the gradient of an index is a tensor of zeros as large as the whole.
+    parts = [x.unbind(2) for x in (read, attend, written, end)]
+    holds = before.unbind(2) if beta is not None else ()
+    out = []
+    for i, (read_i, attend_i, E, end_i) in enumerate(zip(*parts)):
+        if beta is not None:
+            E = E - holds[i] @ S  # (B, H, C, M)
+        out.append(read_i @ S + attend_i @ E)
+        S = ((chunk if i < n - 1 else last) * log_w).exp().view(H, N, 1) * S + end_i.transpose(-1, -2) @ E
+    out = torch.stack(out, 2).permute(0, 2, 3, 1, 4).reshape(B, n * chunk, H, -1)[:, :T]
+    return out.to(dtype), S
+
+
 RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": recurrence_reference, "chunked": recurrence_chunked, "cumsum": recurrence_cumsum}
+MATRIX_RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": matrix_recurrence_reference, "chunked": matrix_recurrence_chunked}
 
 
 # ======================================================================================================
@@ -722,7 +973,7 @@ RECURRENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 class LayerState(NamedTuple):
     """What one layer remembers of the tokens before: its size does not depend on how many they were."""
 
-    S: Tensor  # (B, D) fp32, recurrent state
+    S: Tensor  # (B, D), or (B, H, N, N) of a matrix state, fp32
     shift: Tensor  # (B, D), input of the token shift at the last token
     k_statistics: SpikeStatistics | None = None
     v_statistics: SpikeStatistics | None = None
@@ -744,30 +995,43 @@ class GooseState(NamedTuple):
         return GooseState(tuple(select(layer) for layer in self.layers), select(self.position), self.length)
 
 
+def spike_encoder(config: GooseConfig, site: str, width: int) -> nn.Module:
+    """What stands at a site before a Linear: an encoder where `spike_sites` names the site, else nothing."""
+    if site not in config.spike_sites:
+        return nn.Identity()
+    kind = "dense" if config.spike_kind == "dense" else config.encoder_kind
+    return SpikeEncoder(width, kind, config.estimator)
+
+
 class TimeMix(nn.Module):
     """Token shift, ternary keys and values, a decaying state, a receptance gate [1].
 
     k = spike(W_k x_k), v = spike(W_v x_v), r = sigmoid(W_r x_r) with x_* = x * m_* + previous x * (1 - m_*).
     """
 
+    INPUTS = ("k", "v", "r")
+
     def __init__(self, config: GooseConfig, layer: int):
         super().__init__()
-        D = config.d_model
+        D, bias = config.d_model, config.projection_bias
         self.layer, self.n_layer = layer, config.n_layer
         self.decay_init, self.mix_init = config.decay_init, config.mix_init
         self.project_first = config.output_order == "project_first"
         self.recurrence = config.recurrence
-        self.mix_k, self.mix_v, self.mix_r = (nn.Parameter(torch.empty(D)) for _ in range(3))
+        for name in self.INPUTS:
+            setattr(self, f"mix_{name}", nn.Parameter(torch.empty(D)))
         self.decay_logit = nn.Parameter(torch.empty(D))
-        self.key = nn.Linear(D, D, bias=False)
-        self.value = nn.Linear(D, D, bias=False)
-        self.receptance = nn.Linear(D, D, bias=False)
-        self.output = nn.Linear(D, D, bias=False)
+        self.key = nn.Linear(D, D, bias=bias)
+        self.value = nn.Linear(D, D, bias=bias)
+        self.receptance = nn.Linear(D, D, bias=bias)
+        self.output = nn.Linear(D, D, bias=bias)
         self.output.into_residual = True
         spike = {name: getattr(config, name) for name in ("threshold", "granularity", "alpha_init", "amplitude_init",
                                                           "estimator")}
         self.spike_k = TernarySpike(D, config.spike_kind, **spike)
         self.spike_v = TernarySpike(D, config.spike_kind, **spike)
+        self.mix_in = nn.ModuleDict({name: spike_encoder(config, "mix_in", D) for name in self.INPUTS})
+        self.mix_out = spike_encoder(config, "mix_out", D)
 
     def initial(self) -> dict[str, Tensor]:
         """Start values of mixes and decay logits, (D,) each.
@@ -781,7 +1045,7 @@ class TimeMix(nn.Module):
             mix = torch.full((D,), 1.0 - self.layer / max(1, self.n_layer - 1))
         else:
             mix = torch.linspace(1.0, 0.5, D)
-        return {"decay_logit": decay, "mix_k": mix, "mix_v": mix, "mix_r": mix}
+        return {"decay_logit": decay, **{f"mix_{name}": mix for name in self.INPUTS}}
 
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 past: LayerState | None = None) -> tuple[Tensor, LayerState]:
@@ -792,23 +1056,75 @@ class TimeMix(nn.Module):
         before = x.new_zeros(B, 1, D) if past is None else past.shift.to(x.dtype).unsqueeze(1)
         previous = torch.cat((before, x[:, :-1]), 1)  # (B, T, D)
         change = x - previous
-        k, k_statistics = self.spike_k(self.key(previous + change * self.mix_k), mask,
-                                       past.k_statistics if past else None)
-        v, v_statistics = self.spike_v(self.value(previous + change * self.mix_v), mask,
-                                       past.v_statistics if past else None)
-        r = torch.sigmoid(self.receptance(previous + change * self.mix_r))
+        inputs = {name: self.mix_in[name](previous + change * getattr(self, f"mix_{name}")) for name in self.INPUTS}
+        k, k_statistics = self.spike_k(self.key(inputs["k"]), mask, past.k_statistics if past else None)
+        v, v_statistics = self.spike_v(self.value(inputs["v"]), mask, past.v_statistics if past else None)
         if mask is not None:
             k = k * mask.unsqueeze(-1).to(k.dtype)
+        out, S = self.remember(inputs, k, v, past.S if past else None)
+        return out, LayerState(S, x[:, -1], k_statistics, v_statistics)
+
+    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
+                 S: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, T, D) to the state, reads it and projects: (B, T, D) and the last state (B, D)."""
+        r = torch.sigmoid(self.receptance(inputs["r"]))
         w = torch.sigmoid(self.decay_logit.float())
         scan = RECURRENCES[self.recurrence]
-        S_before = past.S if past else None
         if self.project_first:
-            out, S = scan(torch.ones_like(k), k, v, w, S_before)
-            out = r * self.output(out)
-        else:
-            out, S = scan(r, k, v, w, S_before)
-            out = self.output(out)
-        return out, LayerState(S, x[:, -1], k_statistics, v_statistics)
+            out, S = scan(torch.ones_like(k), k, v, w, S)
+            return r * self.output(out), S
+        out, S = scan(r, k, v, w, S)
+        return self.output(self.mix_out(out)), S
+
+
+class MatrixTimeMix(TimeMix):
+    """The same with an N x N state per head, read by a receptance without a sigmoid, group norm and an output gate.
+
+    state_kind `matrix`: S_t = diag(w) S_{t-1} + k v^T, keys scaled by sqrt(1 - w^2), so that channels of long and
+    short memory weigh alike. `delta`: keys of length below one and beta = sigmoid(W_b x_k) per head, see
+    `matrix_recurrence_reference`.
+    """
+
+    INPUTS = ("k", "v", "r", "g")
+
+    def __init__(self, config: GooseConfig, layer: int):
+        super().__init__(config, layer)
+        D = config.d_model
+        self.heads = D // config.head_width
+        self.gate = nn.Linear(D, D)
+        self.gate.initial_bias = 1.0  # gates start near silu(1) = 0.73 and beta at 0.5
+        self.norm = nn.GroupNorm(self.heads, D, eps=config.layer_norm_epsilon)
+        self.beta = nn.Linear(D, self.heads) if config.state_kind == "delta" else None
+        if self.beta is not None:
+            self.beta.starts_at_zero = True
+
+    def initial(self) -> dict[str, Tensor]:
+        """As in TimeMix, with the decays spread over the channels of each head."""
+        values = super().initial()
+        if self.decay_init == "spread":
+            D = self.decay_logit.numel()
+            values["decay_logit"] = torch.linspace(0.5, 6.0, D // self.heads).repeat(self.heads)
+        return values
+
+    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
+                 S: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, T, D) to the state, reads it and projects: (B, T, D) and the last state (B, H, N, N)."""
+        B, T, D = k.shape
+        r, gate = self.receptance(inputs["r"]), F.silu(self.gate(inputs["g"]))
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        beta = None if self.beta is None else torch.sigmoid(self.beta(inputs["k"]).to(dtype))  # (B, T, H)
+        with torch.autocast(k.device.type, enabled=False):
+            r, k, v = (x.to(dtype).view(B, T, self.heads, -1) for x in (r, k, v))  # (B, T, H, N)
+            w = torch.sigmoid(self.decay_logit.to(dtype)).view(self.heads, -1)  # (H, N)
+            if beta is None:
+                k = k * (1 - w.square()).sqrt()
+            else:
+                # The one is small beside the events of a head, and keeps a head without any at zero.
+                k = k * (k.square().sum(-1, keepdim=True) + 1.0).rsqrt()
+            out, S = MATRIX_RECURRENCES[self.recurrence](r, k, v, w, S, beta)
+            out = F.group_norm(out.reshape(B * T, D), self.heads, self.norm.weight.to(dtype), self.norm.bias.to(dtype),
+                               self.norm.eps).view(B, T, D)
+        return self.output(self.mix_out(out.to(gate.dtype) * gate)), S
 
 
 class FeedForward(nn.Module):
@@ -822,10 +1138,12 @@ class FeedForward(nn.Module):
         self.activation = activations[config.activation]
         self.down = nn.Linear(config.ffn_width, config.d_model)
         self.down.into_residual = True
+        self.ffn_in = spike_encoder(config, "ffn_in", config.d_model)
+        self.ffn_hidden = spike_encoder(config, "ffn_hidden", config.ffn_width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.ffn_hidden(self.activation(self.up(self.ffn_in(x)))))
 
 
 class GooseBlock(nn.Module):
@@ -834,7 +1152,7 @@ class GooseBlock(nn.Module):
     def __init__(self, config: GooseConfig, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.time_mix = TimeMix(config, layer)
+        self.time_mix = (TimeMix if config.state_kind == "vector" else MatrixTimeMix)(config, layer)
         self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.ffn = FeedForward(config)
 
@@ -875,17 +1193,21 @@ class GoosePreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             # The branches into the residual stream start small, as in GPT-2.
             small = math.sqrt(2 * self.config.n_layer) if getattr(module, "into_residual", False) else 1.0
-            nn.init.normal_(module.weight, std=std / small)
+            nn.init.normal_(module.weight, std=0.0 if getattr(module, "starts_at_zero", False) else std / small)
             if module.bias is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.bias, getattr(module, "initial_bias", 0.0))
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, TernarySpike):
             nn.init.constant_(module.alpha, module.alpha_init)
             nn.init.constant_(module.amplitude, module.amplitude_init)
+        elif isinstance(module, SpikeEncoder):
+            nn.init.zeros_(module.centre)
+            nn.init.ones_(module.alpha)
+            nn.init.ones_(module.amplitude)
         elif isinstance(module, TimeMix):
             for name, value in module.initial().items():
                 parameter = getattr(module, name)
@@ -902,6 +1224,7 @@ class GooseModel(GoosePreTrainedModel):
         self.positions = nn.Embedding(config.n_positions, config.d_model)
         self.blocks = nn.ModuleList(GooseBlock(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.head_in = spike_encoder(config, "head_in", config.d_model)
         self.post_init()
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -948,7 +1271,7 @@ class GooseModel(GoosePreTrainedModel):
             hidden.append(x)
             x, layer_state = block(x, mask, state.layers[i] if state is not None else None)
             layers.append(layer_state)
-        x = self.ln_f(x)
+        x = self.head_in(self.ln_f(x))
         hidden.append(x)
         after = None
         if use_cache:
@@ -1283,6 +1606,13 @@ class MinibatchCKA:
         return xy / math.sqrt(max(xx * yy, 1e-20))
 
 
+def span_ends(n_student: int, n_teacher: int) -> tuple[int, ...]:
+    """The last teacher layer, from 0, of the span that each student layer stands for: (1, 3, 5) for 3 and 6,
+    (2, 4, 7, 9, 11) for 5 and 12. Raises ValueError for a student deeper than the teacher."""
+    require(n_student <= n_teacher, "n_layer", n_student, f"at most the teacher's {n_teacher} layers")
+    return tuple(-(-(i + 1) * n_teacher // n_student) - 1 for i in range(n_student))
+
+
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of blocks of a causal language model. Raises ValueError for an architecture not known here."""
     for path in ("goose.blocks", "transformer.h", "model.layers", "gpt_neox.layers", "backbone.layers"):
@@ -1374,6 +1704,8 @@ class Distiller(nn.Module):
         self.kill_switch = FDDKillSwitch(recipe.fdd_max_regression)
         self._outside = [teacher.eval().requires_grad_(False), teacher.get_output_embeddings().weight]
         self._teacher_device = teacher_device
+        self.boundaries = {end for _, _, end in recipe.stages()}  # steps after which `fit` evaluates
+        self._spikes = [m for m in student.modules() if isinstance(m, (TernarySpike, SpikeEncoder))]
         n_student, n_teacher = len(transformer_blocks(student)), len(transformer_blocks(teacher))
         for s, t in recipe.layer_map:
             require(0 <= s < n_student and 0 <= t < n_teacher, "layer_map", (s, t),
@@ -1402,6 +1734,12 @@ class Distiller(nn.Module):
                 want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """input_ids, labels (B, T) -> loss and its terms, unweighted; `tau` and `lambda` are among them."""
         recipe, teacher = self.recipe, self.teacher
+        if recipe.anneal_steps:
+            for module in self._spikes:
+                module.share = min(1.0, step / recipe.anneal_steps)
+        if step < recipe.align_steps:
+            loss = self.alignment(input_ids)
+            return loss, {"align": loss.detach()}
         fdd = self.fdd_active(step)
         pairs = recipe.layer_map if fdd or recipe.hidden_weight else ()
         where = next(teacher.parameters()).device
@@ -1413,7 +1751,8 @@ class Distiller(nn.Module):
         tau = self.temperature(progress).to(hidden.device)
         loss, kd, ce = chunked_distillation(hidden, self.student.get_output_embeddings().weight,
                                             teacher_hidden.to(hidden.device), self._outside[1], tau, labels,
-                                            recipe.kd_weight, recipe.ce_weight, want_ce)
+                                            recipe.kd_weight, recipe.ce_weight if step >= recipe.ce_start else 0.0,
+                                            want_ce)
         terms = {"kd": kd, "tau": tau.detach(), "lambda": torch.tensor(self.temperature.strength(progress))}
         if want_ce or recipe.ce_weight:
             terms["ce"] = ce
@@ -1430,6 +1769,26 @@ class Distiller(nn.Module):
             terms["variance"] = sum(p.var() for m in spikes for p in (m.alpha, m.amplitude)) / len(spikes)
             loss = loss + recipe.variance_penalty * terms["variance"]
         return loss, terms
+
+    def alignment(self, input_ids: Tensor) -> Tensor:
+        """Layerwise alignment: each student block gets the teacher's stream at the first layer of its span and learns
+        the stream after the last. input_ids (B, T) -> squared error over the variance of what the span adds, per
+        channel, averaged over channels and blocks; position 0 is left out, as in fdd_cka_delta."""
+        blocks = transformer_blocks(self.student)
+        ends = span_ends(len(blocks), len(transformer_blocks(self.teacher)))
+        where = next(self.teacher.parameters()).device
+        with torch.no_grad(), capture_blocks(self.teacher, {0, *ends}) as captured:
+            self.teacher.base_model(input_ids.to(where), use_cache=False)
+        # The trained-but-unused parameters take part with weight zero, which several processes need.
+        rest = sum(p.sum() for n, p in self.named_parameters() if ".blocks." not in n)
+        start, losses = captured[0][0].float().to(rest.device), [0.0 * rest]
+        for block, end in zip(blocks, ends):
+            goal = captured[end][1].float().to(rest.device)  # (B, T, D)
+            added, _ = block(start)
+            error = (added.float() - goal)[:, 1:].square().mean((0, 1))  # (D,)
+            losses.append((error / (goal - start)[:, 1:].var((0, 1)).clamp_min(1e-6)).mean() / len(blocks))
+            start = goal
+        return sum(losses)
 
     def _fdd(self, student_blocks: dict, teacher_blocks: dict) -> Tensor:
         pairs = self.recipe.layer_map
@@ -1870,6 +2229,11 @@ class FitConfig:
     batch_size: int
     lr: float
     seq_len: int
+    optimizer: str = "adamw"
+    matrix_lr: float | None = None
+    beta2: float = 0.999
+    schedule: str = "cosine"
+    align_steps: int = 0
     weight_decay: float = 0.01
     warmup_ratio: float = 0.1
     clip: float = 1.0
@@ -1885,6 +2249,8 @@ class FitConfig:
     precision: str = "auto"
 
     def __post_init__(self):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            require(getattr(self, name) in allowed, f"FitConfig.{name}", getattr(self, name), ", ".join(allowed))
         for name in ("steps", "batch_size", "seq_len", "grad_accum", "eval_every", "save_every", "log_every"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, f"FitConfig.{name}", value, "a whole number from 1")
@@ -1947,11 +2313,71 @@ class FitResult:
         return self.stopped in ("completed", "early stopping")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: decays, thresholds, mixes, norms and biases are not pulled to zero."""
+def parameter_groups(module: nn.Module, weight_decay: float, lr: float | None = None, matrix_lr: float | None = None,
+                     ) -> list[dict[str, Any]]:
+    """Three groups: weights of Linears ("matrices", at matrix_lr), other matrices (embeddings, the tied head), and
+    vectors. Weight decay for matrices only: decays, thresholds, mixes, norms and biases are not pulled to zero."""
+    embedded = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} - embedded
     trained = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"name": "matrices", "params": [p for p in trained if id(p) in linear], "weight_decay": weight_decay,
+               **({} if matrix_lr is None else {"lr": matrix_lr})},
+              {"name": "embeddings", "params": [p for p in trained if p.dim() >= 2 and id(p) not in linear],
+               "weight_decay": weight_decay},
+              {"name": "vectors", "params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
+    return [group if lr is None else {"lr": lr, **group} for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def orthogonalise(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix (m, n) with all singular values brought near 1, by a quintic Newton-Schulz iteration [13]."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+    x = (x / x.norm().clamp_min(1e-7)).to(dtype)
+    for _ in range(steps):
+        gram = x @ x.t()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.AdamW):
+    """Muon [13] for the group called "matrices", AdamW for the others, as one optimiser: one state, one schedule, one
+    step of a GradScaler.
+
+    The same as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but that one iterates in bf16 on every device, and
+    this one in what the device is fast at: fp16 below compute capability 8.0, fp32 on a CPU without bf16 units.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.95),
+                 momentum: float = 0.95):
+        super().__init__(groups, lr=lr, betas=betas, fused=True)
+        self.momentum = momentum
+        self._step_supports_amp_scaling = False  # the scaler itself leaves a step out, for both parts
+        self.dtype: torch.dtype | None = None  # by the device at the first step: `fit` moves the weights before it
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step of both parts."""
+        groups = self.param_groups
+        if self.dtype is None:
+            self.dtype = {"fp32": torch.float32, "fp16": torch.float16,
+                          "bf16": torch.bfloat16}[select_precision(groups[0]["params"][0].device)[0]]
+        for group in groups:
+            for p in group["params"] if group.get("name") == "matrices" else ():
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
+                update = orthogonalise(p.grad.lerp(buffer, self.momentum), dtype=self.dtype)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+        try:
+            self.param_groups = [group for group in groups if group.get("name") != "matrices"]
+            super().step()
+        finally:
+            self.param_groups = groups
 
 
 def peak_memory_gb() -> float:
@@ -1997,6 +2423,21 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _schedule(optimizer: torch.optim.Optimizer, config: FitConfig) -> Any:
+    """Warm-up and fall to zero, once for the alignment and once for the rest of the run."""
+    get_scheduler = import_optional("transformers").get_scheduler
+
+    def part(steps: int) -> Any:
+        return get_scheduler(config.schedule, optimizer, round(config.warmup_ratio * steps), steps)
+
+    if not config.align_steps:
+        return part(config.steps)
+    with warnings.catch_warnings():  # the second part steps once before the optimiser does
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.optim.lr_scheduler.SequentialLR(
+            optimizer, [part(config.align_steps), part(config.steps - config.align_steps)], [config.align_steps])
+
+
 def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         evaluate_now: Callable[[], dict[str, float]] | None = None, folder: Path | None = None,
         description: str = "training", max_steps: int | None = None) -> FitResult:
@@ -2011,8 +2452,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     Raises:
         NonFiniteLoss: more than `nonfinite_limit` steps had a NaN or infinite term; each was skipped.
     """
-    accelerate, transformers = import_optional("accelerate"), import_optional("transformers")
-    tqdm = import_optional("tqdm").tqdm
+    accelerate, tqdm = import_optional("accelerate"), import_optional("tqdm").tqdm
     device, _ = select_device()
     if device.type == "cpu":
         keep_freed_memory()
@@ -2025,9 +2465,12 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
     seed_everything(config.seed)
     objective.train()
-    optimizer = torch.optim.AdamW(parameter_groups(objective, config.weight_decay), lr=config.lr, fused=True)
-    scheduler = transformers.get_cosine_schedule_with_warmup(
-        optimizer, round(config.warmup_ratio * config.steps), config.steps)
+    groups = parameter_groups(objective, config.weight_decay, config.lr, config.matrix_lr)
+    if config.optimizer == "muon":
+        optimizer = Muon(groups, config.lr, (0.9, config.beta2))
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
+    scheduler = _schedule(optimizer, config)
     model, optimizer = accelerator.prepare(objective, optimizer)
     if hasattr(objective, "place_teacher"):
         objective.place_teacher(accelerator.device)
@@ -2125,7 +2568,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             if not culprit or collapsed:  # a scaler that has looked at the gradients must see its step
                 optimizer.step()
             optimizer.zero_grad()
-            lr = scheduler.get_last_lr()[0]
+            lr = scheduler.get_last_lr()[-1]  # of the vectors: the matrices may have another
             with warnings.catch_warnings():  # a skipped first step looks to torch like a wrong order of calls
                 warnings.simplefilter("ignore", UserWarning)
                 scheduler.step()
@@ -2146,7 +2589,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                     postfix["val ppl"] = f"{stopper.best:.1f}"
                 bar.set_postfix(postfix, refresh=False)
             bar.update(1)
-            if evaluate_now and (step % config.eval_every == 0 or step == config.steps):
+            if evaluate_now and (step % config.eval_every == 0 or step == config.steps
+                                 or step in getattr(objective, "boundaries", ())):
                 measured = [evaluate_now() if main else {}]
                 if world > 1:
                     accelerate.utils.broadcast_object_list(measured)
@@ -2259,6 +2703,19 @@ def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, flo
     return gap, gap * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
 
 
+def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
+    """{"layer.site": module} of every spike site, in the order of the forward pass; mix_in has one for each of its
+    inputs, "0.mix_in.k". All spikes pass through the module's `spikes`."""
+    found: dict[str, nn.Module] = {}
+    for i, block in enumerate(transformer_blocks(student)):
+        mix, ffn = block.time_mix, block.ffn
+        sites = {**{f"mix_in.{name}": module for name, module in mix.mix_in.items()}, "k": mix.spike_k,
+                 "v": mix.spike_v, "mix_out": mix.mix_out, "ffn_in": ffn.ffn_in, "ffn_hidden": ffn.ffn_hidden}
+        found.update({f"{i}.{name}": m for name, m in sites.items() if isinstance(m, (TernarySpike, SpikeEncoder))})
+    head = student.base_model.head_in
+    return {**found, "head_in": head} if isinstance(head, SpikeEncoder) else found
+
+
 @torch.no_grad()
 def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
     """{"layer.site": share of non-zero spikes} over the tokens of input_ids (B, T)."""
@@ -2266,11 +2723,10 @@ def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
 
     def hook(name):
         def count(_module, _inputs, output):
-            density[name] = float((output[0] != 0).float().mean())
+            density[name] = float((output != 0).float().mean())
         return count
 
-    handles = [getattr(block.time_mix, f"spike_{site}").register_forward_hook(hook(f"{i}.{site}"))
-               for i, block in enumerate(transformer_blocks(student)) for site in student.config.spike_sites]
+    handles = [m.spikes.register_forward_hook(hook(name)) for name, m in spike_modules(student).items()]
     training = student.training
     try:
         student.eval().base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
@@ -2297,19 +2753,105 @@ def match_teacher(recipe: Recipe, teacher: Teacher) -> tuple[Recipe, list[str]]:
     if recipe.embeddings_from_teacher and width != recipe.d_model:
         changes["embeddings_from_teacher"] = False
         notes.append(f"embeddings are not copied: teacher {teacher.name} is {width} wide, the student {recipe.d_model}")
+    if recipe.weights_from_teacher:
+        theirs = getattr(teacher.model.config, "activation_function", recipe.activation)  # transfer refuses others
+        theirs = {"gelu_new": "gelu_pytorch_tanh"}.get(theirs, theirs)
+        if theirs != recipe.activation:
+            changes["activation"] = theirs
+            notes.append(f"activation is {theirs}, that of teacher {teacher.name}, whose feed-forward weights are taken")
     return recipe.replace(**changes), notes
 
 
-def build_student(recipe: Recipe, teacher: Teacher, seed: int | None = None) -> GooseForCausalLM:
-    """A student for this teacher, its embeddings copied where the recipe says so.
+@torch.no_grad()
+def transfer_weights(student: GooseForCausalLM, teacher: nn.Module, layers: Iterable[int] | None = None,
+                     output_scale: float = 1.0) -> list[dict[str, str]]:
+    """Starts a student from a GPT-2's weights: embeddings, positions, LayerNorms, the feed-forward blocks, and of the
+    attention q -> receptance, k -> key, v -> value, output -> output, biases included.
 
-    Raises ValueError with both shapes when they do not fit.
+    Args:
+        layers: the teacher layer for each student layer; the ends of their spans (`span_ends`) by default.
+        output_scale: factor on the attention's output weights. A recurrent state is not attention, and a loud branch
+            of it disturbs what the other weights expect.
+    Returns:
+        One row for each parameter of the student: {"student", "teacher", "shape", "transferred"}.
+    Raises:
+        ValueError for another architecture, a layer that does not exist, or, with both shapes, weights that do not fit.
+    """
+    base = teacher.base_model
+    if not hasattr(base, "wte") or not hasattr(base, "h"):
+        raise ValueError(f"teacher is a {type(teacher).__name__}; weights are transferred from GPT-2 models only.")
+    layers = tuple(span_ends(student.config.n_layer, len(base.h)) if layers is None else layers)
+    require(len(layers) == student.config.n_layer and all(0 <= t < len(base.h) for t in layers), "transfer_layers",
+            layers, f"{student.config.n_layer} layers, each from 0 to {len(base.h) - 1}")
+    sources: dict[str, tuple[str, Tensor]] = {"embeddings.weight": ("wte.weight", base.wte.weight),
+                                              "ln_f.weight": ("ln_f.weight", base.ln_f.weight),
+                                              "ln_f.bias": ("ln_f.bias", base.ln_f.bias)}
+    rows = min(len(base.wpe.weight), student.config.n_positions)
+    sources["positions.weight"] = (f"wpe.weight[:{rows}]", base.wpe.weight[:rows])
+    for i, t in enumerate(layers):
+        block, ours, theirs = base.h[t], f"blocks.{i}.", f"h.{t}."
+        width = block.attn.c_attn.weight.shape[0]
+        for kind in ("weight", "bias"):
+            get = lambda m, kind=kind: getattr(m, kind).t()  # noqa: E731  GPT-2 keeps weights as (in, out)
+            for ln in ("ln_1", "ln_2"):
+                sources[f"{ours}{ln}.{kind}"] = (f"{theirs}{ln}.{kind}", getattr(getattr(block, ln), kind))
+            for name, part in zip(("receptance", "key", "value"), get(block.attn.c_attn).split(width)):
+                sources[f"{ours}time_mix.{name}.{kind}"] = (f"{theirs}attn.c_attn.{kind}, {name[0]}", part)
+            factor = output_scale if kind == "weight" else 1.0
+            label = f"{theirs}attn.c_proj.{kind}" + (f" * {factor:g}" if factor != 1 else "")
+            sources[f"{ours}time_mix.output.{kind}"] = (label, get(block.attn.c_proj) * factor)
+            sources[f"{ours}ffn.up.{kind}"] = (f"{theirs}mlp.c_fc.{kind}", get(block.mlp.c_fc))
+            sources[f"{ours}ffn.down.{kind}"] = (f"{theirs}mlp.c_proj.{kind}", get(block.mlp.c_proj))
+    sources["lm_head.weight"] = ("lm_head.weight", teacher.get_output_embeddings().weight)
+    table, targets = [], {n.removeprefix("goose."): p for n, p in student.named_parameters()}
+    if "lm_head.weight" not in targets:
+        del sources["lm_head.weight"]  # tied
+    for name, target in targets.items():
+        label, source = sources.get(name, ("-", None))
+        part = target[:rows] if name == "positions.weight" else target
+        if source is not None and source.shape != part.shape:
+            raise ValueError(f"{label} of the teacher has shape {tuple(source.shape)} and {name} of the student "
+                             f"{tuple(part.shape)}; choose a student of the teacher's width or "
+                             "weights_from_teacher=False.")
+    for name, target in targets.items():
+        label, source = sources.get(name, ("-", None))
+        if source is not None:
+            (target[:rows] if name == "positions.weight" else target).copy_(source)
+        table.append({"student": name, "teacher": label, "shape": str(tuple(target.shape)),
+                      "transferred": "yes" if source is not None else "no, starts fresh"})
+    table += [{"student": "-", "teacher": label, "shape": str(tuple(source.shape)), "transferred": "no, no such parameter"}
+              for name, (label, source) in sources.items() if name not in targets]
+    return table
+
+
+@torch.no_grad()
+def calibrate_encoders(student: nn.Module, input_ids: Tensor) -> int:
+    """Calibrates every SpikeEncoder on input_ids (B, T), each on what the calibrated ones before it pass on. Returns
+    how many there are."""
+    encoders = [m for m in student.modules() if isinstance(m, SpikeEncoder) and m.kind != "dense"]
+    handles = [m.register_forward_pre_hook(lambda module, args: module.calibrate(args[0])) for m in encoders]
+    try:
+        student.base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(encoders)
+
+
+def build_student(recipe: Recipe, teacher: Teacher, seed: int | None = None,
+                  calibration: Tensor | None = None) -> GooseForCausalLM:
+    """A student for this teacher, with the teacher's weights or embeddings where the recipe says so, its spike encoders
+    calibrated on the token ids `calibration` (B, T).
+
+    Raises ValueError with both shapes when weights do not fit, and when there are encoders and no calibration batch.
     """
     seed_everything(recipe.seed if seed is None else seed)
     source = teacher.model.get_input_embeddings().weight
     special = {name: getattr(teacher.model.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     student = GooseForCausalLM(recipe.student_config(source.shape[0], **special))
-    if recipe.embeddings_from_teacher:
+    if recipe.weights_from_teacher:
+        transfer_weights(student, teacher.model, recipe.transfer_layers, recipe.output_scale)
+    elif recipe.embeddings_from_teacher:
         target = student.get_input_embeddings().weight
         if source.shape != target.shape:
             raise ValueError(f"embeddings of teacher and student have shapes {tuple(source.shape)} and "
@@ -2321,6 +2863,9 @@ def build_student(recipe: Recipe, teacher: Teacher, seed: int | None = None) -> 
             if positions is not None:
                 rows = min(len(positions.weight), len(student.goose.positions.weight))
                 student.goose.positions.weight[:rows] = positions.weight[:rows]
+    if set(recipe.spike_sites) - {"k", "v"} and recipe.spike_kind != "dense":
+        require(calibration is not None, "calibration", calibration, "a batch of token ids, for the spike encoders")
+        calibrate_encoders(student, calibration)
     return student
 
 
@@ -2389,6 +2934,57 @@ def distillation_sampler(recipe: Recipe, tokens: np.ndarray, teacher: nn.Module)
         difficulty += chunked_nll(hidden, head, labels).mean(1).tolist()
     order = drawn[pocl_order(sampler, np.array(difficulty), positions)]
     return WindowSampler(tokens, recipe.seq_len, recipe.seed, order)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run works on: the recipe as the teacher allows it, the corpus, its tokens, the teacher."""
+
+    recipe: Recipe
+    notes: list[str]  # a sentence for everything the teacher changed in the recipe
+    corpus: Corpus
+    sizes: dict[str, dict[str, int]]  # {split: {"bytes", "words"}}
+    tokens: dict[str, np.ndarray]
+    teacher: Teacher
+    teacher_training: dict[str, Any]  # of a teacher trained here, else empty
+
+
+def load_task(recipe: Recipe, profile: Profile) -> Task:
+    """Corpus, teacher and tokens of a recipe in a profile; raises what load_corpus, load_teacher and match_teacher do."""
+    corpus = load_corpus(profile.corpus, profile.corpus_chars)
+    training: dict[str, Any] = {}
+    if recipe.teacher == "untrained-goose":
+        teacher = untrained_goose_teacher(recipe, train_tokenizer(corpus, profile.vocab_size))
+    elif profile.teacher == "train":
+        teacher, training = train_teacher(profile, corpus, recipe.seq_len, recipe.seed)
+    else:
+        teacher = load_teacher(profile.teacher)
+    recipe, notes = match_teacher(recipe, teacher)
+    sizes = {split: corpus.size(split) for split in SPLITS}
+    return Task(recipe, notes, corpus, sizes, tokenize_corpus(corpus, teacher.tokenizer), teacher, training)
+
+
+def distil(task: Task, recipe: Recipe, config: FitConfig, folder: Path | None = None, eval_windows: int | None = 64,
+           description: str = "distillation") -> tuple[GooseForCausalLM, FitResult]:
+    """Builds the student of `recipe` (the task's, or one with other values) and trains it; see `fit`. Spike encoders
+    are calibrated on the first training batch. Where there are two GPUs, the teacher takes the second."""
+    sampler = distillation_sampler(recipe, task.tokens["train"], task.teacher.model)
+    student = build_student(recipe, task.teacher, calibration=sampler.batch(0, recipe.batch_size)[0])
+    device, _ = select_device()
+    several = device.type == "cuda" and torch.cuda.device_count() > 1 and not os.environ.get("LOCAL_RANK")
+    objective = Distiller(student, task.teacher.model, recipe, torch.device("cuda:1") if several else None)
+    objective.place_teacher(device)
+    precision, _ = select_precision(device, config.precision)
+    held_out = WindowSampler(task.tokens["validation"], recipe.seq_len, recipe.seed)
+    peek, _ = held_out.gather(range(min(8, held_out.windows)))
+
+    def evaluate_now() -> dict[str, Any]:
+        measured = evaluate(student, task.tokens["validation"], recipe.seq_len, windows=eval_windows,
+                            precision=precision)
+        return {"ppl": measured.ppl, "density": spike_density(student, peek)}
+
+    result = fit(objective, sampler, config, evaluate_now, folder, description)
+    return student.to(device), result
 
 
 # ======================================================================================================
@@ -2514,6 +3110,67 @@ def runs(outputs: Path | None = None) -> list[dict[str, Any]]:
     """The metrics of every finished run, oldest first."""
     files = sorted((outputs or outputs_folder()).glob("*/*/metrics.json"), key=lambda p: p.stat().st_mtime)
     return [json.loads(path.read_text()) for path in files]
+
+
+def quality_table(measured: dict[str, dict[str, Evaluation]]) -> list[dict[str, str]]:
+    """Rows of a table of {"teacher" or a student's name: {split: Evaluation}}, gaps to the teacher included."""
+    rows = []
+    for split in ("validation", "test"):
+        for name, evaluations in measured.items():
+            e = evaluations[split]
+            gap = "{:.3f} ± {:.3f}".format(*perplexity_gap(e, measured["teacher"][split])) if name != "teacher" else "1"
+            rows.append({"model": name, "split": split, "PPL": f"{e.ppl:.2f}", "± s.e.": f"{e.ppl * e.nll_se:.2f}",
+                         "gap": gap, "bits per byte": f"{e.bits_per_byte:.3f}" if e.bits_per_byte else "part of the split",
+                         "word PPL": f"{e.word_ppl:,.0f}" if e.word_ppl else "part of the split",
+                         "tokens": f"{e.tokens:,}", "windows": f"{e.windows} x {e.seq_len}"})
+    return rows
+
+
+def sample_texts(models: dict[str, nn.Module], tokenizer: Any, tokens: np.ndarray, seq_len: int,
+                 seed: int = 42) -> list[dict[str, str]]:
+    """[{"prompt", name: continuation, ...}] from three places of a split, the same sampling for every model
+    (temperature 0.8, top-k 40)."""
+    length, new = min(32, seq_len // 4), min(48, seq_len // 2)
+    rows = []
+    for share in (0.2, 0.5, 0.8):
+        start = int(len(tokens) * share)
+        prompt = torch.from_numpy(tokens[start:start + length].astype(np.int64)).unsqueeze(0)  # (1, T)
+        row = {"prompt": tokenizer.decode(prompt[0])}
+        for name, model in models.items():
+            seed_everything(seed)
+            ids = prompt.to(model.device)
+            out = model.eval().generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8,
+                                        top_k=40, max_new_tokens=new, pad_token_id=tokenizer.eos_token_id)
+            row[name] = tokenizer.decode(out[0, length:], skip_special_tokens=True)
+        rows.append(row)
+    return rows
+
+
+def run_metrics(run: Run, task: Task, profile: Profile, student: nn.Module, result: FitResult,
+                measured: dict[str, dict[str, Evaluation]], **more: Any) -> dict[str, Any]:
+    """What metrics.json holds of a run, with `more` beside it. `measured` is {"teacher", "student"} by split."""
+    splits = ("validation", "test")
+    gaps = {split: perplexity_gap(measured["student"][split], measured["teacher"][split]) for split in splits}
+    held_out = WindowSampler(task.tokens["validation"], task.recipe.seq_len, task.recipe.seed)
+    peek, _ = held_out.gather(range(min(8, held_out.windows)))
+    amplitudes = {name: float(m.amplitude.detach().abs().mean()) for name, m in spike_modules(student).items()
+                  if isinstance(m, TernarySpike)}
+    return {
+        "version": task.recipe.name, "run": run.folder.name, "profile": profile.name, "seed": task.recipe.seed,
+        "status": "measured", "environment": environment(),
+        "corpus": {"name": task.corpus.name, "hash": task.corpus.hash,
+                   "tokens": {split: len(task.tokens[split]) for split in SPLITS}},
+        "teacher": {"name": task.teacher.name, "parameters": count_parameters(task.teacher.model),
+                    **task.teacher_training, **{split: measured["teacher"][split].to_dict() for split in splits}},
+        "student": {"parameters": count_parameters(student), "density": spike_density(student, peek),
+                    "amplitude": amplitudes, **{split: measured["student"][split].to_dict() for split in splits}},
+        "gap": {split: {"value": gap, "standard_error": error} for split, (gap, error) in gaps.items()},
+        "training": {"step": result.step, "steps": task.recipe.distill_steps, "stopped": result.stopped,
+                     "best_step": result.best_step, "seconds": result.seconds,
+                     "tokens_per_second": result.tokens_per_second, "precision": result.precision,
+                     "nonfinite": result.nonfinite, "scaler_skips": result.scaler_skips,
+                     "peak_memory_gb": result.peak_memory_gb},
+        **more}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     bench.py step    one step of the reference task's size, in parts, against a plain GPT-2 student of equal
                      parameters; systems interleaved, medians of one run
-    bench.py full    three steps of the full-size student with a GPT-2-sized teacher, random weights; parameter
+    bench.py full    three steps of a recipe's full-size student (--recipe, v14.3) with a GPT-2-sized teacher, random weights; parameter
                      counts, peak memory, and the memory of a larger batch on a 16 GB GPU by arithmetic
 """
 
@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,18 +112,21 @@ def bench_step(repeats):
     print(f"one layer's recurrence, forward and backward: loop {1e3 * slow:.1f} ms, chunked {1e3 * fast:.1f} ms, ratio {slow / fast:.1f}")
 
 
-def bench_full(steps):
-    """Prints parameter counts, step times and memory of the full size."""
+def bench_full(steps, name):
+    """Prints parameter counts, step times and memory of a recipe at its full size."""
     device, reason = asnn.select_device()
     precision, why = asnn.select_precision(device)
-    recipe = asnn.get_recipe("v14.3", batch_size=1, fdd_start=0)
+    asked = asnn.get_recipe(name)
+    recipe = asked.replace(batch_size=1, fdd_start=0, align_steps=0)
     torch.manual_seed(0)
     teacher = gpt2(50257, 768, 12, 12, 1024).eval().requires_grad_(False)
-    student = asnn.GooseForCausalLM(recipe.student_config(50257))
+    master = asnn.Teacher(teacher, None, "gpt2, random weights")
+    student = asnn.build_student(recipe, master, calibration=torch.randint(0, 50257, (1, 64)))
     objective = asnn.Distiller(student, teacher, recipe).to(device)
     objective.place_teacher(device)
     print(f"teacher {asnn.count_parameters(teacher):,} parameters, student {asnn.count_parameters(student):,}; {reason}; {why}")
-    optimizer = torch.optim.AdamW(asnn.parameter_groups(objective, 0.01), lr=recipe.lr, fused=True)
+    groups = asnn.parameter_groups(objective, 0.01, recipe.lr, recipe.matrix_lr)
+    optimizer = (asnn.Muon if recipe.optimizer == "muon" else partial(torch.optim.AdamW, fused=True))(groups, lr=recipe.lr)
     inputs, labels = torch.randint(0, 50257, (2, 1, recipe.seq_len), device=device)
     saved = {}
 
@@ -144,7 +148,7 @@ def bench_full(steps):
     activations = sum(size for pointer, size in saved.items() if pointer not in weights)
     head = student.lm_head.weight.numel() * 4
     print(f"peak memory of this process, measured: {asnn.peak_memory_gb():.2f} GiB")
-    batch, gib = 8, 2**30
+    batch, gib = asked.batch_size, 2**30
     parts = {
         "teacher weights, fp32": asnn.count_parameters(teacher) * 4,
         "student weights, gradients, two Adam moments, fp32": asnn.count_parameters(student) * 16,
@@ -165,5 +169,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "full"))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--recipe", default="v14.3")
     arguments = parser.parse_args()
-    bench_step(arguments.repeats) if arguments.what == "step" else bench_full(3)
+    bench_step(arguments.repeats) if arguments.what == "step" else bench_full(3, arguments.recipe)

@@ -137,21 +137,13 @@ print(f"{len(fields) - len(shown)} further fields have the published value.")
 # The corpus is addressed by the hash of its content. A teacher trained here is cached under its own hash, so that a second run starts at once.
 
 # %%
-text = asnn.load_corpus(size.corpus, size.corpus_chars)
+task = asnn.load_task(chosen, size)
+chosen, text, tokens, master, teacher_training = task.recipe, task.corpus, task.tokens, task.teacher, task.teacher_training
 print(f"corpus {text.name}, content hash {text.hash}")
-if chosen.teacher == "untrained-goose":
-    master, teacher_training = asnn.untrained_goose_teacher(chosen, asnn.train_tokenizer(text, size.vocab_size)), {}
-elif size.teacher == "train":
-    master, teacher_training = asnn.train_teacher(size, text, chosen.seq_len, seed)
-else:
-    master, teacher_training = asnn.load_teacher(size.teacher), {}
-chosen, notes = asnn.match_teacher(chosen, master)
-print("\n".join(notes or [f"teacher {master.name} fits the recipe as it is"]))
-tokens = asnn.tokenize_corpus(text, master.tokenizer)
-sizes = {split: text.size(split) for split in asnn.SPLITS}
-display(pd.DataFrame({split: {"bytes": f"{sizes[split]['bytes']:,}", "words": f"{sizes[split]['words']:,}",
+print("\n".join(task.notes or [f"teacher {master.name} fits the recipe as it is"]))
+display(pd.DataFrame({split: {"bytes": f"{task.sizes[split]['bytes']:,}", "words": f"{task.sizes[split]['words']:,}",
                               "tokens": f"{len(tokens[split]):,}",
-                              "bytes per token": f"{sizes[split]['bytes'] / len(tokens[split]):.2f}"}
+                              "bytes per token": f"{task.sizes[split]['bytes'] / len(tokens[split]):.2f}"}
                       for split in asnn.SPLITS}))
 print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameters, vocabulary {len(master.tokenizer):,}")
 if teacher_training:
@@ -252,22 +244,7 @@ print("relative error at position 25, w = 0.378: "
 # The teacher is frozen and, where there are two GPUs, lives on the second. The bar shows the loss, the student's perplexity on the training batch and on validation, and the time left.
 
 # %%
-student = asnn.build_student(chosen, master)
-several = device.type == "cuda" and torch.cuda.device_count() > 1 and not os.environ.get("LOCAL_RANK")
-second = torch.device("cuda:1") if several else None
-objective = asnn.Distiller(student, master.model, chosen, second)
-objective.place_teacher(device)
-held_out = asnn.WindowSampler(tokens["validation"], chosen.seq_len, seed)
-peek, _ = held_out.gather(range(min(8, held_out.windows)))
-
-
-def evaluate_now():
-    measured = asnn.evaluate(student, tokens["validation"], chosen.seq_len, windows=size.eval_windows, precision=precision)
-    return {"ppl": measured.ppl, "density": asnn.spike_density(student, peek)}
-
-
-result = asnn.fit(objective, asnn.distillation_sampler(chosen, tokens["train"], master.model),
-                  asnn.FitConfig.from_recipe(chosen, max_hours=max_hours), evaluate_now, run.folder, "distillation")
+student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=max_hours), run.folder, size.eval_windows)
 print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")
@@ -317,51 +294,21 @@ run.show(plot_curves(result.log, chosen), "training")
 # Perplexity over consecutive windows, every token once, in fp32. The gap is student PPL / teacher PPL on the same tokens; its standard error comes from the paired windows.
 
 # %%
-student.to(device)
 windows = size.final_windows if result.finished else size.eval_windows  # an unfinished run has used its time up
-measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, windows=windows, size=sizes[split],
+measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, windows=windows, size=task.sizes[split],
                                         description=f"{name}, {split}")
                    for split in ("validation", "test")}
-            for name, model in (("teacher", master.model), ("student", student))}
-gaps = {split: asnn.perplexity_gap(measured["student"][split], measured["teacher"][split]) for split in ("validation", "test")}
-density = asnn.spike_density(student, peek)
-amplitudes = {f"{i}.{site}": float(getattr(block.time_mix, f"spike_{site}").amplitude.detach().abs().mean())
-              for i, block in enumerate(asnn.transformer_blocks(student)) for site in student.config.spike_sites}
-
-
-def quality_row(name, split):
-    e = measured[name][split]
-    gap = f"{gaps[split][0]:.3f} ± {gaps[split][1]:.3f}" if name == "student" else "1"
-    return {"model": name, "split": split, "PPL": f"{e.ppl:.2f}", "± s.e.": f"{e.ppl * e.nll_se:.2f}", "gap": gap,
-            "bits per byte": f"{e.bits_per_byte:.3f}" if e.bits_per_byte else "part of the split",
-            "word PPL": f"{e.word_ppl:,.0f}" if e.word_ppl else "part of the split", "tokens": f"{e.tokens:,}",
-            "windows": f"{e.windows} x {e.seq_len}"}
-
-
-quality = pd.DataFrame([quality_row(n, s) for s in ("validation", "test") for n in ("teacher", "student")])
+            for name, model in (("teacher", master.model.to(device)), ("student", student))}
+quality = pd.DataFrame(asnn.quality_table(measured))
 display(quality.style.hide(axis="index") if "ipykernel" in sys.modules else quality)
+metrics = asnn.run_metrics(run, task, size, student, result, measured)
 
 # %% [markdown]
 # ## Samples
 # The same prompts, from the test split, with the same sampling (temperature 0.8, top-k 40). Perplexity says how well, samples say what.
 
 # %%
-def sample(model, prompt_ids, new_tokens):
-    asnn.seed_everything(seed)
-    eos = master.tokenizer.eos_token_id
-    prompt_ids = prompt_ids.to(model.device)
-    ids = model.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), do_sample=True, temperature=0.8, top_k=40,
-                         max_new_tokens=new_tokens, pad_token_id=eos)
-    return master.tokenizer.decode(ids[0, prompt_ids.shape[1]:], skip_special_tokens=True)
-
-
-prompt_length, new_tokens = min(32, chosen.seq_len // 4), min(48, chosen.seq_len // 2)
-starts = [int(len(tokens["test"]) * share) for share in (0.2, 0.5, 0.8)]
-samples = []
-for start in starts:
-    prompt = torch.from_numpy(tokens["test"][start:start + prompt_length].astype(np.int64)).unsqueeze(0)
-    samples.append({"prompt": master.tokenizer.decode(prompt[0]), "teacher": sample(master.model, prompt, new_tokens),
-                    "student": sample(student.eval(), prompt, new_tokens)})
+samples = asnn.sample_texts({"teacher": master.model, "student": student}, master.tokenizer, tokens["test"], chosen.seq_len, seed)
 frame = pd.DataFrame(samples)
 if "ipykernel" in sys.modules:
     display(frame.style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
@@ -378,7 +325,8 @@ else:
 earlier = [m for m in asnn.runs() if m["corpus"]["hash"] == text.hash and m["teacher"]["name"] == master.name
            and m["version"] != chosen.name and m["training"]["step"] == result.step]
 checks = asnn.run_checks(chosen, result, measured["student"]["test"].ppl, 4.5 * measured["teacher"]["test"].ppl,
-                         earlier[-1]["student"]["test"]["ppl"] if earlier else None, density, amplitudes)
+                         earlier[-1]["student"]["test"]["ppl"] if earlier else None, metrics["student"]["density"],
+                         metrics["student"]["amplitude"])
 words = {True: "pass", False: "FAIL", None: "does not apply"}
 table = pd.DataFrame([{"check": c.name, "measured": c.value, "result": words[c.passed]} for c in checks])
 display(table.style.hide(axis="index") if "ipykernel" in sys.modules else table)
@@ -390,12 +338,12 @@ display(table.style.hide(axis="index") if "ipykernel" in sys.modules else table)
 # %%
 history = [{"version": r.name, "corpus, teacher": "WikiText-2, GPT-2 124M" if r.name != "v4" else "-", "PPL": r.published_ppl,
             "gap": r.published_ppl / 44.6 if r.published_ppl else None, "source": "published", "outcome": r.outcome}
-           for r in asnn.RECIPES.values() if r.name not in ("v14.3", "v14.3-cumsum")]
+           for r in asnn.RECIPES.values() if r.name == "v4" or r.published_ppl and r.name != "v14.3"]
 for row in history:
     row["version"] = row["version"].removesuffix("-published")
 test = measured["student"]["test"]
 history.append({"version": f"{chosen.name} (this run)", "corpus, teacher": f"{text.name}, {master.name}", "PPL": test.ppl,
-                "gap": gaps["test"][0], "source": "measured here", "outcome": f"{result.step} steps, {result.stopped}"})
+                "gap": metrics["gap"]["test"]["value"], "source": "measured here", "outcome": f"{result.step} steps, {result.stopped}"})
 frame = pd.DataFrame(history)
 display(frame.style.hide(axis="index").format({"PPL": "{:.2f}", "gap": "{:.2f}"}, na_rep="-") if "ipykernel" in sys.modules
         else frame.round(2))
@@ -432,7 +380,7 @@ print("cumsum formula lost by token 25:", bool(errors["cumsum formula, w = 0.378
 # %% tags=["nbval-check-output"]
 with torch.no_grad():
     exact = copy.deepcopy(student).cpu().double()  # so that no threshold is crossed by rounding
-    ids = peek[:2, :32]
+    ids = torch.from_numpy(tokens["validation"][:64].astype(np.int64)).view(2, 32)
     changed = ids.clone()
     changed[:, 20] = (changed[:, 20] + 1) % student.config.vocab_size
     before, after = exact(ids).logits, exact(changed).logits
@@ -448,20 +396,7 @@ print("run checks:", len(checks))
 # One metrics file feeds the tables, the model card and the index of runs. The student is a Hugging Face folder that loads without this project.
 
 # %%
-metrics = {
-    "version": chosen.name, "run": run.folder.name, "profile": size.name, "seed": seed, "status": "measured",
-    "corpus": {"name": text.name, "hash": text.hash, "tokens": {split: len(tokens[split]) for split in asnn.SPLITS}},
-    "teacher": {"name": master.name, "parameters": asnn.count_parameters(master.model), **teacher_training,
-                **{split: measured["teacher"][split].to_dict() for split in ("validation", "test")}},
-    "student": {"parameters": asnn.count_parameters(student), "density": density, "amplitude": amplitudes,
-                **{split: measured["student"][split].to_dict() for split in ("validation", "test")}},
-    "gap": {split: {"value": gap, "standard_error": error} for split, (gap, error) in gaps.items()},
-    "training": {"step": result.step, "steps": chosen.distill_steps, "stopped": result.stopped, "best_step": result.best_step,
-                 "seconds": result.seconds, "tokens_per_second": result.tokens_per_second, "precision": result.precision,
-                 "nonfinite": result.nonfinite, "scaler_skips": result.scaler_skips, "peak_memory_gb": result.peak_memory_gb},
-    "checks": [dataclasses.asdict(check) for check in checks], "environment": env,
-    "notebook_seconds": time.perf_counter() - begin,
-}
+metrics.update(checks=[dataclasses.asdict(check) for check in checks], notebook_seconds=time.perf_counter() - begin)
 if result.finished:
     if run.main:
         asnn.write_atomically(run.folder / "samples.json", json.dumps(samples, indent=1))
@@ -477,8 +412,9 @@ for name in (".", "figures", "student"):
 # %%
 failed = [check.name for check in checks if check.passed is False]
 print(f"{chosen.name} on {text.name} with teacher {master.name}: test PPL {test.ppl:.2f} against the teacher's "
-      f"{measured['teacher']['test'].ppl:.2f}, gap {gaps['test'][0]:.3f} ± {gaps['test'][1]:.3f} (standard error, {test.windows} windows, measured).")
-print(f"Spike density {min(density.values()):.3f} to {max(density.values()):.3f} over layers and sites; tau ended at "
+      f"{measured['teacher']['test'].ppl:.2f}, gap {metrics['gap']['test']['value']:.3f} ± {metrics['gap']['test']['standard_error']:.3f} (standard error, {test.windows} windows, measured).")
+density = metrics["student"]["density"].values()
+print(f"Spike density {min(density):.3f} to {max(density):.3f} over layers and sites; tau ended at "
       f"{[row['tau'] for row in result.log if 'tau' in row][-1]:.2f}.")
 print(f"{sum(c.passed is True for c in checks)} of {len(checks)} checks passed" + (f"; failed: {', '.join(failed)}." if failed else "."))
 print(f"{time.perf_counter() - begin:.0f} s in this notebook; metrics and figures in {os.path.relpath(run.folder)}")

@@ -152,6 +152,18 @@ def test_unknown_recipe_field_is_refused_with_those_that_exist(call):
     ("min_delta", -0.5, "from 0"),
     ("tau", 5.0, "between 1.0 and 5.0"),
     ("tau", 0.5, "between 1.0 and 5.0"),
+    ("state_kind", "tensor", "vector, matrix, delta"),
+    ("optimizer", "sgd", "adamw, muon"),
+    ("schedule", "step", "cosine, linear"),
+    ("spike_sites", ("v",), "'k', 'v' and any of"),
+    ("spike_sites", ("k", "v", "q"), "'k', 'v' and any of"),
+    ("output_scale", 0.0, "above 0"),
+    ("matrix_lr", -1e-3, "from 0"),
+    ("beta2", 1.0, ""),  # the optimisers refuse it too, but not by name
+    ("ce_start", -1, "from 0"),
+    ("anneal_steps", -1, "from 0"),
+    ("align_steps", -1, "from 0"),
+    ("align_steps", 5000, "less than distill_steps = 5000"),
 ])
 def test_wrong_recipe_value_is_refused(field, value, allowed):
     with pytest.raises(ValueError, match=rf"{field} is {re.escape(repr(value))}; allowed: .*{allowed}"):
@@ -162,6 +174,26 @@ def test_overrides_replace_and_layer_maps_may_be_given_as_a_dict():
     recipe = asnn.get_recipe("v14.3", lr=1e-3, layer_map={4: 11, 0: 2})
     assert (recipe.lr, recipe.layer_map) == (1e-3, ((0, 2), (4, 11)))
     assert asnn.RECIPES["v14.3"].lr == 2e-4
+
+
+def test_lists_become_tuples_and_a_matrix_lr_may_be_absent():
+    recipe = asnn.get_recipe("v14.4", spike_sites=["k", "v", "ffn_in"], transfer_layers=[0, 1], matrix_lr=None)
+    assert (recipe.spike_sites, recipe.transfer_layers, recipe.matrix_lr) == (("k", "v", "ffn_in"), (0, 1), None)
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, [("KL", 0, 100)]),
+    ({"align_steps": 30}, [("layerwise alignment", 0, 30), ("KL", 30, 100)]),
+    ({"ce_weight": 0.2}, [("KL + CE", 0, 100)]),
+    ({"ce_weight": 0.2, "ce_start": 60}, [("KL", 0, 60), ("KL + CE", 60, 100)]),
+    ({"ce_weight": 0.2, "align_steps": 30, "ce_start": 60}, [("layerwise alignment", 0, 30), ("KL", 30, 60),
+                                                             ("KL + CE", 60, 100)]),
+    ({"ce_weight": 0.2, "align_steps": 30, "ce_start": 10}, [("layerwise alignment", 0, 30), ("KL + CE", 30, 100)]),
+    ({"align_steps": 30, "ce_start": 60}, [("layerwise alignment", 0, 30), ("KL", 30, 100)]),  # no weight, no stage
+    ({"ce_weight": 0.2, "ce_start": 150}, [("KL", 0, 100)]),  # no stage outlasts the run
+])
+def test_stages_cover_the_run(given, expected):
+    assert asnn.get_recipe("v14.3", distill_steps=100, **given).stages() == expected
 
 
 @pytest.mark.parametrize("thing, field", [(asnn.RECIPES["v14.3"], "lr"), (asnn.PROFILES["tiny"], "corpus")])
@@ -176,8 +208,11 @@ def test_every_recipe_gives_a_student_of_its_architecture(name):
     config = recipe.student_config(1000)
     assert (config.vocab_size, config.n_positions) == (1000, recipe.seq_len)
     shared = set(config.to_dict()) & {item.name for item in dataclasses.fields(recipe)} - {"layer_map"}
-    assert {"d_model", "recurrence", "estimator", "threshold", "decay_init", "output_order"} <= shared
-    assert {field: getattr(config, field) for field in shared} == {field: getattr(recipe, field) for field in shared}
+    assert {"d_model", "recurrence", "estimator", "threshold", "decay_init", "output_order", "state_kind",
+            "head_width", "projection_bias", "encoder_kind", "spike_sites"} <= shared
+    expected = {field: getattr(recipe, field) for field in shared}
+    expected["spike_sites"] = list(recipe.spike_sites)  # as JSON has it
+    assert {field: getattr(config, field) for field in shared} == expected
 
 
 # ---- profiles ------------------------------------------------------------------------------------
@@ -187,6 +222,16 @@ def test_every_recipe_gives_a_student_of_its_architecture(name):
 def test_scale_shrinks_what_is_counted_in_steps(steps, expected):
     scaled = asnn.PROFILES["t4"].scale(asnn.get_recipe("v14.3"), distill_steps=steps)
     assert (scaled.fdd_start, scaled.patience, scaled.eval_every) == expected
+
+
+def test_scale_shrinks_stages_and_multiplies_the_rates():
+    recipe = asnn.get_recipe("v14.3", lr=1e-4, matrix_lr=3e-4, distill_steps=1000, align_steps=200, ce_start=500,
+                             anneal_steps=100)
+    scaled = asnn.PROFILES["t4"].replace(lr_scale=5.0).scale(recipe, distill_steps=100)
+    assert (scaled.align_steps, scaled.ce_start, scaled.anneal_steps) == (20, 50, 10)
+    assert (scaled.lr, scaled.matrix_lr) == pytest.approx((5 * recipe.lr, 5 * recipe.matrix_lr))
+    assert asnn.PROFILES["cpu"].scale(asnn.get_recipe("v14.3")).matrix_lr is None
+    assert asnn.PROFILES["cpu"].scale(recipe, lr=1e-5).lr == 1e-5
 
 
 def test_scale_lets_overrides_win():
@@ -321,16 +366,42 @@ def test_config_refuses_unknown_keys_and_lists_its_own():
 @pytest.mark.parametrize("field, value, allowed", [
     ("vocab_size", 0, "whole number from 1"), ("d_model", 8.0, "whole number from 1"),
     ("n_layer", -1, "whole number from 1"), ("n_positions", None, "whole number from 1"),
-    ("ffn_width", 0, "number from 1"), ("state_kind", "tensor", "vector"), ("recurrence", "fft", "chunked"),
+    ("ffn_width", 0, "number from 1"), ("state_kind", "tensor", "vector, matrix, delta"),
+    ("recurrence", "fft", "chunked"),
     ("decay_init", "random", "spread, published"), ("mix_init", "ones", "spread, published"),
     ("output_order", "both", "gate_first, project_first"), ("threshold", "batch", "token, channel, mixed"),
     ("granularity", "head", "scalar, channel"), ("estimator", "none", "identity, normalised, clipped"),
-    ("spike_kind", "quaternary", "dense, binary, ternary, integer:k"), ("spike_sites", ("k",), r"\('k', 'v'\)"),
+    ("spike_kind", "quaternary", "dense, binary, ternary, integer:k"),
+    ("spike_sites", ("k",), "'k', 'v' and any of mix_in, mix_out, ffn_in, ffn_hidden, head_in"),
+    ("spike_sites", ("k", "v", "q"), "'k', 'v' and any of mix_in, mix_out, ffn_in, ffn_hidden, head_in"),
+    ("encoder_kind", "binary", "ternary, integer:k"), ("encoder_kind", "dense", "ternary, integer:k"),
     ("alpha_init", 0, "above 0"), ("amplitude_init", -1.0, "above 0"),
 ])
 def test_config_refuses_wrong_values(field, value, allowed):
     with pytest.raises(ValueError, match=rf"{field} is {re.escape(repr(value))}; allowed: .*{allowed}"):
         asnn.GooseConfig(**{**TINY, field: value})
+
+
+@pytest.mark.parametrize("state", ["matrix", "delta"])
+@pytest.mark.parametrize("field, value, allowed", [
+    ("head_width", 3, "a divisor of d_model = 8"), ("head_width", 0, "a divisor of d_model = 8"),
+    ("head_width", 4.0, "a divisor of d_model = 8"), ("recurrence", "cumsum", "chunked, reference"),
+    ("output_order", "project_first", "gate_first")])
+def test_a_matrix_state_refuses_what_only_a_vector_state_can(state, field, value, allowed):
+    assert getattr(asnn.GooseConfig(**TINY, **{field: value}), field) == value
+    with pytest.raises(ValueError, match=rf"{field} is {re.escape(repr(value))}; allowed: {allowed}"):
+        asnn.GooseConfig(**TINY, state_kind=state, **{"head_width": 4, field: value})
+
+
+def test_the_site_before_the_output_needs_the_gate_first():
+    with pytest.raises(ValueError, match="output_order is 'project_first'; allowed: gate_first with .*mix_out"):
+        asnn.GooseConfig(**TINY, spike_sites=("k", "v", "mix_out"), output_order="project_first")
+
+
+def test_sites_are_kept_in_the_order_of_the_forward_pass():
+    assert asnn.GooseConfig(**TINY, spike_sites=["ffn_in", "v", "mix_in", "k"]).spike_sites == ["k", "v", "mix_in",
+                                                                                                "ffn_in"]
+    assert asnn.check_sites(reversed(asnn.SITES)) == asnn.SITES
 
 
 @pytest.mark.parametrize("kind", ["integer:0", "integer:128", "integer", "integer:-1", "integer:x", "ternary:2", ""])
@@ -350,13 +421,15 @@ def test_unknown_activation_is_refused_by_the_model():
         asnn.GooseForCausalLM(asnn.GooseConfig(**TINY, activation="sillu"))
 
 
-def test_config_survives_save_and_load(tmp_path):
+@pytest.mark.parametrize("state, order", [("vector", "project_first"), ("delta", "gate_first")])
+def test_config_survives_save_and_load(tmp_path, state, order):
     changed = {"ffn_width": 20, "activation": "gelu", "layer_norm_epsilon": 1e-6, "initializer_range": 0.1,
                "recurrence": "reference", "decay_init": "published", "mix_init": "published",
-               "output_order": "project_first", "spike_kind": "integer:3", "threshold": "mixed",
+               "output_order": order, "spike_kind": "integer:3", "threshold": "mixed",
                "granularity": "channel", "alpha_init": 0.77, "amplitude_init": 1.53, "estimator": "normalised",
-               "use_cache": False, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
-               "pad_token_id": 3}
+               "state_kind": state, "head_width": 2, "projection_bias": True, "encoder_kind": "integer:3",
+               "spike_sites": ["k", "v", "ffn_in", "head_in"], "use_cache": False, "tie_word_embeddings": False,
+               "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     config = asnn.GooseConfig(**TINY, **changed)
     config.save_pretrained(tmp_path)
     loaded = asnn.GooseConfig.from_pretrained(tmp_path)

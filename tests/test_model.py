@@ -16,6 +16,14 @@ import asnn_common as asnn
 V = 50
 SHAPE = {"vocab_size": V, "d_model": 32, "n_layer": 3, "n_positions": 24, "pad_token_id": 0}
 ORDERS = ("gate_first", "project_first")
+STATES = {"matrix": {"state_kind": "matrix", "head_width": 8, "threshold": "mixed"},
+          "delta": {"state_kind": "delta", "head_width": 8, "projection_bias": True},
+          "vector at all sites": {"spike_sites": asnn.SITES},
+          "matrix at all sites": {"state_kind": "matrix", "head_width": 16, "spike_sites": asnn.SITES,
+                                  "encoder_kind": "integer:3"},
+          "delta at all sites": {"state_kind": "delta", "head_width": 32, "spike_sites": asnn.SITES,
+                                 "threshold": "channel"}}
+STUDENTS = (*asnn.THRESHOLDS, *STATES)  # thresholds of the vector state, and the other states and sites
 
 
 def build(shake=True, **options):
@@ -41,13 +49,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def models():
-    """models(threshold, order): one of each, built once."""
+    """models(student, order): one of each, built once."""
     made = {}
 
-    def get(threshold="token", order="gate_first"):
-        key = threshold, order
+    def get(student="token", order="gate_first"):
+        key = student, order
         if key not in made:
-            made[key] = build(threshold=threshold, output_order=order)
+            made[key] = build(**{"output_order": order, **STATES.get(student, {"threshold": student})})
         return made[key]
     return get
 
@@ -167,6 +175,32 @@ def test_what_a_checkpoint_lacks_gets_its_start_value_and_the_rest_is_kept(model
         assert block.time_mix.output.weight.std().item() == pytest.approx(0.02 / 6**0.5, rel=0.15)
 
 
+@pytest.mark.parametrize("student", STATES)
+def test_other_states_and_sites_survive_saving(models, ids, tmp_path, student):
+    model = models(student)
+    model.save_pretrained(tmp_path)
+    loaded = asnn.GooseForCausalLM.from_pretrained(tmp_path)
+    fresh = dict(build(shake=False, **STATES[student]).named_parameters())
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, model.get_parameter(name)) and not torch.equal(p, fresh.pop(name)), name
+    assert not fresh and torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_gates_encoders_and_norms_that_a_checkpoint_lacks_get_their_start_values(models, tmp_path):
+    """Of each part one half is there and must be kept."""
+    model = models("delta at all sites")
+    lacking = {"gate.bias": 1.0, "beta.weight": 0.0, "mix_out.alpha": 1.0, "norm.weight": 1.0, "ffn_in.centre": 0.0,
+               "spike_v.amplitude": 1.0}
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(tuple(lacking))}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded, seen = asnn.GooseForCausalLM.from_pretrained(tmp_path), 0
+    for name, p in loaded.named_parameters():
+        value = next((lacking[end] for end in lacking if name.endswith(end)), None)
+        seen += value is not None
+        assert torch.equal(p, model.get_parameter(name) if value is None else torch.full_like(p, value)), name
+    assert seen == 3 * len(lacking)
+
+
 @pytest.mark.parametrize("name", ["decay_logit", "alpha", "amplitude", "mix_k"])
 def test_the_saved_model_was_away_from_its_start_values(model, name):
     fresh = dict(build(shake=False, threshold="mixed", granularity="channel").named_parameters())
@@ -230,8 +264,9 @@ def test_resized_embeddings_stay_tied(ids):
 # ---- positions, outputs, losses ------------------------------------------------------------------
 
 
-def test_positions_continue_past_n_positions_with_the_last_one(model):
-    ids = torch.randint(1, V, (2, 60))
+@pytest.mark.parametrize("student", ["mixed", *STATES])
+def test_positions_continue_past_n_positions_with_the_last_one(models, student):
+    model, ids = models(student), torch.randint(1, V, (2, 60))
     logits, state = model(ids).logits, None
     pieces = []
     for part in ids.split(25, 1):
@@ -349,11 +384,14 @@ def test_cache_is_off_in_training_and_as_asked(model, ids):
 # ---- causality -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
+EVERY = pytest.mark.parametrize("student, order", [*itertools.product(asnn.THRESHOLDS, ORDERS),
+                                                   *((name, "gate_first") for name in STATES)])
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
-def test_a_changed_token_changes_nothing_before_it_nor_in_other_sequences(models, ids, threshold, training, order):
-    model = models(threshold, order).train(training)
+@EVERY
+def test_a_changed_token_changes_nothing_before_it_nor_in_other_sequences(models, ids, student, training, order):
+    model = models(student, order).train(training)
     before = model(ids).logits
     for t in (0, 5, 11):
         changed = ids.clone()
@@ -364,9 +402,9 @@ def test_a_changed_token_changes_nothing_before_it_nor_in_other_sequences(models
     model.eval()
 
 
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
-def test_no_gradient_comes_from_the_future(models, ids, threshold):
-    model = models(threshold)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_no_gradient_comes_from_the_future(models, ids, student):
+    model = models(student)
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
     model(inputs_embeds=embeds).logits[1, 6].sum().backward()
     reached = embeds.grad.abs().sum(-1) > 0
@@ -379,9 +417,9 @@ def test_no_gradient_comes_from_the_future(models, ids, threshold):
 
 
 @pytest.mark.parametrize("cuts", [(1,), (5,), (3, 4, 9), tuple(range(1, 12))])
-@pytest.mark.parametrize("threshold, order", list(itertools.product(asnn.THRESHOLDS, ORDERS)))
-def test_prefill_by_chunks_equals_one_pass(models, ids, threshold, order, cuts):
-    model = models(threshold, order)
+@EVERY
+def test_prefill_by_chunks_equals_one_pass(models, ids, student, order, cuts):
+    model = models(student, order)
     whole, state, logits, start = model(ids), None, [], 0
     for end in (*cuts, 12):
         out = model(ids[:, start:end], state=state)
@@ -391,10 +429,10 @@ def test_prefill_by_chunks_equals_one_pass(models, ids, threshold, order, cuts):
     assert_same_state(state, whole.state)
 
 
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("full_mask", [True, False])
-def test_left_padded_prefill_by_chunks_equals_one_pass(models, ids, threshold, full_mask):
-    model = models(threshold)
+def test_left_padded_prefill_by_chunks_equals_one_pass(models, ids, student, full_mask):
+    model = models(student)
     padded, mask = left_padded(ids, (0, 3, 8))  # the last row's first chunk is padding throughout
     whole = model(padded, attention_mask=mask)
     first = model(padded[:, :5], attention_mask=mask[:, :5])
@@ -406,22 +444,27 @@ def test_left_padded_prefill_by_chunks_equals_one_pass(models, ids, threshold, f
     assert second.state.position.tolist() == [12, 9, 4] and second.state.length == 12
 
 
-def test_state_does_not_grow_with_the_tokens_seen(model):
+@pytest.mark.parametrize("student, S", [("mixed", (2, 32)), ("matrix", (2, 4, 8, 8)),
+                                        ("delta at all sites", (2, 1, 32, 32))])
+def test_state_does_not_grow_with_the_tokens_seen(models, student, S):
     def size(T):
-        layers = model(torch.randint(1, V, (2, T))).state.layers
+        layers = models(student)(torch.randint(1, V, (2, T))).state.layers
+        assert all(layer.S.shape == S for layer in layers)
         return sum(x.numel() for layer in layers for x in (layer.S, layer.shift, *layer.k_statistics,
                                                            *layer.v_statistics))
     assert size(3) == size(50)
 
 
-def test_reorder_takes_the_states_of_the_sequences(model, ids):
+@pytest.mark.parametrize("student", ["mixed", "matrix", "delta"])
+def test_reorder_takes_the_states_of_the_sequences(models, ids, student):
+    model = models(student)
     state, index = model(ids).state, torch.tensor([2, 2, 0, 1])
     assert_same_state(state.reorder(index), model(ids[index]).state)
 
 
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
-def test_left_padded_batch_equals_the_singles(models, ids, threshold):
-    model = models(threshold)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_left_padded_batch_equals_the_singles(models, ids, student):
+    model = models(student)
     padded, mask = left_padded(ids, (0, 3, 8))
     out = model(padded, attention_mask=mask)
     for row, pad in enumerate((0, 3, 8)):
@@ -466,6 +509,40 @@ def test_padding_after_the_tokens_of_a_state_is_refused(model, ids, full_mask):
         model(ids[:, :4], attention_mask=mask, state=state)
 
 
+@pytest.mark.parametrize("student", [name for name in STATES if "state_kind" in STATES[name]])
+def test_matrix_recurrences_agree(student):
+    long = torch.randint(1, V, (2, 48))
+    logits, reference = (build(recurrence=name, **STATES[student])(long).logits for name in ("chunked", "reference"))
+    close(logits, reference)
+
+
+@pytest.mark.parametrize("state", ["matrix", "delta"])
+def test_what_the_matrix_state_writes_and_reads_is_the_rule(ids, state):
+    """One layer by hand, from its own projections: keys scaled, heads apart, group norm, gate."""
+    mix = build(**STATES[state]).goose.blocks[1].time_mix
+    x = torch.randn(2, 9, 32)
+    before = torch.cat((torch.zeros(2, 1, 32), x[:, :-1]), 1)
+    k_in, v_in, r_in, g_in = (x * m + before * (1 - m) for m in (mix.mix_k, mix.mix_v, mix.mix_r, mix.mix_g))
+    k, v, r = mix.spike_k(mix.key(k_in))[0], mix.spike_v(mix.value(v_in))[0], mix.receptance(r_in)
+    w, out = torch.sigmoid(mix.decay_logit).clamp_min(asnn.MIN_DECAY), []
+    for head in range(4):
+        part, S = slice(8 * head, 8 * head + 8), torch.zeros(2, 8, 8)
+        for t in range(9):
+            key, value = k[:, t, part], v[:, t, part]
+            if state == "matrix":
+                key = key * (1 - torch.sigmoid(mix.decay_logit[part]).square()).sqrt()
+            else:
+                key = key / (key.square().sum(-1, keepdim=True) + 1).sqrt()
+                beta = torch.sigmoid(mix.beta(k_in[:, t]))[:, head:head + 1]
+                value = beta * (value - torch.einsum("bn,bnm->bm", key, S))
+            S = w[part].unsqueeze(-1) * S + torch.einsum("bn,bm->bnm", key, value)
+            y = torch.einsum("bn,bnm->bm", r[:, t, part], S)
+            y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + mix.norm.eps).sqrt()
+            out.append(y * mix.norm.weight[part] + mix.norm.bias[part])
+    out = torch.stack(out).view(4, 9, 2, 8).permute(2, 1, 0, 3).reshape(2, 9, 32)
+    close(mix(x)[0], mix.output(out * F.silu(mix.gate(g_in))))
+
+
 def test_recurrences_agree_and_the_founders_formula_does_not(ids):
     long = torch.randint(1, V, (2, 48))
     logits = {name: build(recurrence=name)(long).logits for name in ("chunked", "reference", "cumsum")}
@@ -474,9 +551,9 @@ def test_recurrences_agree_and_the_founders_formula_does_not(ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
-def test_half_precision_runs_with_an_fp32_state(ids, threshold, dtype):
-    model = build(threshold=threshold).to(dtype)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_half_precision_runs_with_an_fp32_state(ids, student, dtype):
+    model = build(**STATES.get(student, {"threshold": student})).to(dtype)
     out = model(ids, labels=ids)
     assert out.logits.dtype == dtype and out.logits.isfinite().all() and out.loss.isfinite()
     assert {layer.S.dtype for layer in out.state.layers} == {torch.float32}
@@ -485,11 +562,13 @@ def test_half_precision_runs_with_an_fp32_state(ids, threshold, dtype):
     assert model(padded, attention_mask=mask).logits.isfinite().all()
 
 
-def test_half_precision_is_close_to_fp32_without_spikes(ids):
+@pytest.mark.parametrize("options", [{}, STATES["matrix at all sites"], STATES["delta at all sites"]])
+def test_half_precision_is_close_to_fp32_without_spikes(ids, options):
     """Spikes near their threshold may flip, so that the dense twin is what can be compared."""
-    exact = build(spike_kind="dense")(ids).logits
+    options = {**options, "spike_kind": "dense"}
+    exact = build(**options)(ids).logits
     for dtype, bound in ((torch.float16, 0.01), (torch.bfloat16, 0.08)):
-        logits = build(spike_kind="dense").to(dtype)(ids).logits.float()
+        logits = build(**options).to(dtype)(ids).logits.float()
         assert (logits - exact).norm() / exact.norm() < bound
 
 
@@ -520,6 +599,32 @@ def test_spread_decays_and_mixes_have_the_documented_ranges():
             assert (mix.min().item(), mix.max().item()) == pytest.approx((0.5, 1.0))
 
 
+@pytest.mark.parametrize("state", ["matrix", "delta"])
+def test_a_matrix_state_starts_with_spread_heads_and_open_gates(state):
+    """post_init must not wipe what makes a head remember."""
+    for block in build(shake=False, state_kind=state, head_width=8, projection_bias=True).goose.blocks:
+        mix = block.time_mix
+        w = torch.sigmoid(mix.decay_logit).view(4, 8)
+        assert torch.equal(mix.decay_logit.view(4, 8), torch.linspace(0.5, 6.0, 8).expand(4, 8))
+        assert (w.diff(dim=1) > 0).all()
+        assert mix.gate.bias.unique().tolist() == [1.0] and mix.gate.weight.std().item() == pytest.approx(0.02, rel=0.2)
+        assert mix.norm.weight.unique().tolist() == [1.0] and mix.norm.bias.unique().tolist() == [0.0]
+        assert mix.mix_g.tolist() == torch.linspace(1.0, 0.5, 32).tolist()
+        assert (mix.beta is None) == (state == "matrix")
+        assert mix.beta is None or not (mix.beta.weight.any() or mix.beta.bias.any())
+        for linear in (mix.key, mix.value, mix.receptance, mix.output):
+            assert not linear.bias.any() and linear.weight.any()
+    published = build(shake=False, state_kind=state, head_width=8, decay_init="published").goose.blocks[0].time_mix
+    assert published.decay_logit.unique().tolist() == [-0.5]
+
+
+def test_encoders_start_at_the_identity_of_their_parameters():
+    for name, module in asnn.spike_modules(build(shake=False, spike_sites=asnn.SITES)).items():
+        if isinstance(module, asnn.SpikeEncoder):
+            assert not module.centre.any(), name
+            assert module.alpha.unique().tolist() == module.amplitude.unique().tolist() == [1.0], name
+
+
 def test_published_decays_and_mixes_are_the_published_ones():
     for i, block in enumerate(build(shake=False, decay_init="published", mix_init="published").goose.blocks):
         assert torch.sigmoid(block.time_mix.decay_logit).unique().tolist() == pytest.approx([0.378], abs=1e-3)
@@ -532,14 +637,75 @@ def test_only_published_mixes_leave_a_layer_blind_to_the_current_token(ids, mix_
     assert blind_layers(build(shake=False, mix_init=mix_init, output_order=order), ids) == blind
 
 
+# ---- spike sites ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state, inputs", [("vector", "kvr"), ("matrix", "kvrg"), ("delta", "kvrg")])
+def test_spike_modules_are_listed_as_the_forward_pass_meets_them(ids, state, inputs):
+    model, met = build(state_kind=state, head_width=8, spike_sites=asnn.SITES), []
+    modules = asnn.spike_modules(model)
+    for name, module in modules.items():
+        module.spikes.register_forward_hook(lambda _m, _a, _o, name=name: met.append(name))
+    model(ids)
+    layer = [*(f"mix_in.{name}" for name in inputs), "k", "v", "mix_out", "ffn_in", "ffn_hidden"]
+    assert list(modules) == met == [*(f"{i}.{name}" for i in range(3) for name in layer), "head_in"]
+
+
+@pytest.mark.parametrize("site", asnn.SITES[2:])
+def test_each_site_brings_its_own_encoders(ids, site):
+    model = build(state_kind="delta", head_width=8, spike_sites=("k", "v", site), encoder_kind="integer:2")
+    found = {name for name, m in asnn.spike_modules(model).items() if isinstance(m, asnn.SpikeEncoder)}
+    expected = {"mix_in": {f"{i}.mix_in.{name}" for i in range(3) for name in "kvrg"}, "head_in": {"head_in"}}
+    assert found == expected.get(site, {f"{i}.{site}" for i in range(3)})
+    width = 128 if site == "ffn_hidden" else 32
+    for name in found:
+        module = asnn.spike_modules(model)[name]
+        assert (module.kind, module.levels, module.centre.numel()) == ("integer:2", 2, width)
+
+
+@pytest.mark.parametrize("student, linears", [("vector at all sites", "key value receptance output up down"),
+                                              ("delta at all sites", "key value receptance gate output up down beta")])
+def test_all_sites_feed_every_linear_with_a_code(models, ids, student, linears):
+    """What a Linear sees, less the centre and over amplitude and scale, is spikes; the head's input too."""
+    model, seen = models(student), {}
+    handles = [m.register_forward_pre_hook(lambda _m, args, name=name: seen.update({name: args[0]}))
+               for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    codes = []
+    handles += [m.register_forward_hook(lambda _m, _a, out: codes.append(out))
+                for m in model.modules() if isinstance(m, asnn.SpikeEncoder)]
+    try:
+        model(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert {name.split(".")[-1] for name in seen} == {*linears.split(), "lm_head"}
+    for name, given in seen.items():
+        assert any(torch.equal(given, code) for code in codes), name
+
+
+@pytest.mark.parametrize("student", STATES)
+def test_spike_density_is_a_share_at_every_site(models, ids, student):
+    model = models(student)
+    density = asnn.spike_density(model, ids)
+    assert list(density) == list(asnn.spike_modules(model))
+    assert all(0 < value < 1 for value in density.values())
+
+
+def test_the_dense_twin_of_a_student_with_encoders_passes_everything_on(ids):
+    twin, plain = build(spike_kind="dense", spike_sites=asnn.SITES), build(spike_kind="dense")
+    plain.load_state_dict({k: v for k, v in twin.state_dict().items() if k in plain.state_dict()})
+    assert torch.equal(twin(ids).logits, plain(ids).logits)
+    assert set(asnn.spike_density(twin, ids).values()) == {1.0}
+
+
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@EVERY
 @pytest.mark.parametrize("estimator", ["clipped", "normalised"])
-def test_gradients_reach_every_parameter(ids, estimator, threshold, order):
-    model = build(estimator=estimator, threshold=threshold, granularity="channel", output_order=order).train()
+def test_gradients_reach_every_parameter(ids, estimator, student, order):
+    options = {"output_order": order, **STATES.get(student, {"threshold": student})}
+    model = build(estimator=estimator, granularity="channel", **options).train()
     model(ids, labels=ids).loss.backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
@@ -564,6 +730,7 @@ def test_gradients_flow_through_a_given_state(ids):
 
 # ---- generation ----------------------------------------------------------------------------------
 
+SPEAKERS = (*asnn.THRESHOLDS, "matrix", "delta at all sites")
 SETTINGS = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
             "beams": {"do_sample": False, "num_beams": 3},
             "several beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2}}
@@ -574,10 +741,10 @@ def generate(model, ids, **options):
     return model.generate(ids, **{"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, **options})
 
 
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@pytest.mark.parametrize("student", SPEAKERS)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_generation_with_the_cache_equals_without(models, ids, threshold, setting):
-    model, options = models(threshold), SETTINGS[setting]
+def test_generation_with_the_cache_equals_without(models, ids, student, setting):
+    model, options = models(student), SETTINGS[setting]
     cached = generate(model, ids, use_cache=True, **options)
     assert torch.equal(cached, generate(model, ids, use_cache=False, **options))
     assert cached.shape == (3 * options.get("num_return_sequences", 1), 22)
@@ -611,10 +778,10 @@ def test_generation_with_the_cache_feeds_one_token_a_step(model, ids):
     assert lengths == [12, 1, 1, 1, 12, 13, 14, 15]
 
 
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
+@pytest.mark.parametrize("student", SPEAKERS)
 @pytest.mark.parametrize("setting", ["greedy", "beams"])
-def test_left_padded_generation_equals_the_singles(models, ids, threshold, setting):
-    model = models(threshold)
+def test_left_padded_generation_equals_the_singles(models, ids, student, setting):
+    model = models(student)
     padded, mask = left_padded(ids, (0, 3, 8))
     for use_cache in (True, False):
         batch = generate(model, padded, attention_mask=mask, use_cache=use_cache, **SETTINGS[setting])
@@ -623,9 +790,9 @@ def test_left_padded_generation_equals_the_singles(models, ids, threshold, setti
             assert torch.equal(batch[row, pad:], single[0])
 
 
-@pytest.mark.parametrize("threshold", asnn.THRESHOLDS)
-def test_a_given_state_continues_a_conversation(models, ids, threshold):
-    model = models(threshold)
+@pytest.mark.parametrize("student", SPEAKERS)
+def test_a_given_state_continues_a_conversation(models, ids, student):
+    model = models(student)
     state = model(ids[:, :7]).state
     assert torch.equal(generate(model, ids, state=state), generate(model, ids))
 

@@ -148,12 +148,32 @@ def test_two_processes_run_the_notebook_into_one_folder(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port,
+    # Not by `accelerate launch`, which starts a single process where there is no GPU.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
                NOTEBOOK.with_suffix(".py").name]
     done = subprocess.run(command, cwd=working, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("new run tiny-seed42") == 2
     assert metrics_of(working)["training"]["step"] == 30  # and there is one metrics file only
+
+
+def test_the_tax_of_a_student_with_all_sites_is_measured_in_two_sessions(tmp_path):
+    env, working, _ = kaggle(tmp_path, 1)
+    notebook = working / "asnn_v14_4_transfer.py"
+    shutil.copy(ROOT / "notebooks" / notebook.name, notebook)
+    with_values(notebook, recipe="v14.4-sites", run_name="night", steps=20, tax_seeds=2, max_hours=1e-6)
+    done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "not yet: the run is not finished" in done.stdout and "The tax was not measured" in done.stdout
+    assert not list(working.glob("outputs/*/*/metrics.json"))
+    with_values(notebook, max_hours=None)
+    done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming unfinished run night" in done.stdout
+    metrics = metrics_of(working)
+    assert [row["seed"] for row in metrics["tax"]["runs"]] == [42, 43]
+    assert metrics["layers_fed_by_spikes"] == 1.0
+    assert not list(working.glob("outputs/**/checkpoint.pt"))
 
 
 def load_readme_tool():
@@ -163,17 +183,17 @@ def load_readme_tool():
     return module
 
 
-def test_readme_shows_the_reference_results():
+def test_readme_and_log_show_the_reference_results():
     tool = load_readme_tool()
-    text, metrics = (ROOT / "README.md").read_text(), tool.reference_metrics()
-    assert metrics
-    assert tool.rendered(text, metrics) == text
+    assert tool.reference_metrics()
+    for path, text in tool.documents().items():
+        assert path.read_text() == text
 
 
 def test_readme_check_says_no():
     tool = load_readme_tool()
     text, metrics = (ROOT / "README.md").read_text(), tool.reference_metrics()
     metrics[0]["student"]["test"]["ppl"] += 1.0
-    assert tool.rendered(text, metrics) != text
+    assert tool.rendered(text, tool.asnn.results_table(metrics)) != text
     with pytest.raises(ValueError, match="has no place for the results"):
-        tool.rendered("no marks here", metrics)
+        tool.rendered("no marks here", "")

@@ -339,3 +339,172 @@ def test_channel_alpha_and_amplitude_act_on_their_channel_alone(threshold):
     assert before[..., 3].any() and not after[..., 3].any()
     assert torch.equal(after[..., 5], 2 * before[..., 5])
     assert torch.equal(after[..., rest], before[..., rest])
+
+
+# ---- share ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: spike(threshold="mixed"), lambda: asnn.SpikeEncoder(D)])
+def test_share_blends_input_and_spikes_in_training_alone(make):
+    module, x = make(), torch.randn(2, 6, D)
+    read = (lambda: module(x)[0]) if isinstance(module, asnn.TernarySpike) else (lambda: module(x))
+    spikes = read()
+    assert not torch.equal(spikes, x)
+    for share, expected in ((0.0, x), (0.25, 0.75 * x + 0.25 * spikes), (1.0, spikes)):
+        module.share = share
+        torch.testing.assert_close(module.train() and read(), expected)
+        assert torch.equal(module.eval() and read(), spikes)
+    assert type(module).share == 1.0  # what a loaded model starts from
+
+
+# ---- the encoder ---------------------------------------------------------------------------------
+
+
+def encoder(kind="ternary", estimator="clipped", width=D, dtype=torch.float32):
+    """An encoder whose parameters are all away from their start values."""
+    module = asnn.SpikeEncoder(width, kind, estimator)
+    with torch.no_grad():
+        module.centre.copy_(0.3 * torch.randn(width))
+        module.alpha.copy_(0.5 + torch.rand(width))
+        module.amplitude.copy_(0.5 + torch.rand(width))
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind, alphabet", [("ternary", [-1, 0, 1]), ("integer:1", [-1, 0, 1]),
+                                            ("integer:3", list(range(-3, 4)))])
+def test_the_alphabet_of_an_encoder_is_exact(kind, alphabet, dtype):
+    module, x = encoder(kind).to(dtype), torch.randn(2, 64, D).pow(3).to(dtype)
+    seen = []
+    module.spikes.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    assert module(x).dtype == dtype  # and what the rest of the model sees comes from the spikes that are observed
+    spikes, scale = module.encode(x)
+    assert spikes.unique().tolist() == seen[0].unique().tolist() == alphabet
+    torch.testing.assert_close(scale[..., 0], (x - module.centre).float().abs().mean(-1))
+
+
+def test_an_encoder_reads_centre_plus_amplitude_times_scale_times_spikes():
+    module, x = encoder(), torch.randn(3, 7, D)
+    for b in range(3):
+        for t in range(7):
+            y = x[b, t] - module.centre
+            scale = y.abs().mean()
+            spikes = y.sign() * (y.abs() > module.alpha * scale)
+            torch.testing.assert_close(module(x)[b, t], module.centre + module.amplitude * scale * spikes)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["ternary", "integer:3"])
+def test_a_linear_absorbs_all_of_an_encoder_but_spikes_and_scale(kind, bias, dtype, tolerance):
+    module, linear = encoder(kind, dtype=dtype), torch.nn.Linear(D, 11, bias=bias, dtype=dtype)
+    kept = [p.clone() for p in linear.parameters()]
+    x = (3 * torch.randn(2, 9, D) + 1).to(dtype)
+    folded, (spikes, scale) = module.fold(linear), module.encode(x)
+    got, expected = scale * (spikes @ folded.weight.t()) + folded.bias, linear(module(x))
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=tolerance, atol=tolerance)
+    assert (folded.weight.shape, folded.bias.shape, folded.weight.dtype) == ((11, D), (11,), dtype)
+    assert all(torch.equal(a, b) for a, b in zip(linear.parameters(), kept))
+    assert not torch.allclose(scale * (spikes @ linear.weight.t()), expected.to(got.dtype), rtol=0.1)
+
+
+def gaussian_optimum(levels):
+    """The least squared error of x ~ N(0, 1) by levels * amplitude at thresholds theta, 2 theta ..., by simulation."""
+    x = torch.randn(400_000)
+    errors = []
+    for theta in torch.linspace(0.3, 0.9, 61):
+        count = sum((x.abs() > level * theta).float() for level in range(1, levels + 1)) * x.sign()
+        errors.append(1 - (x * count).mean() ** 2 / count.square().mean())  # with the least-squares height
+    return min(errors).item()
+
+
+@pytest.mark.parametrize("kind, optimum, bound", [("ternary", 0.190, 0.2), ("integer:3", 0.061, 0.075)])
+def test_calibration_comes_close_to_the_optimum_of_a_gaussian(kind, optimum, bound):
+    """Channels with their own offsets and scales; the error is relative to the channels' variance. For counts the
+    threshold is above the optimum, which costs a little error and saves events."""
+    width = 256
+    offset, size = 2 * torch.randn(width), torch.rand(width) + 0.2
+    x, other = (offset + size * torch.randn(4, 512, width) for _ in range(2))
+
+    def error(module):
+        return ((module(other) - other).square().sum() / (other - offset).square().sum()).item()
+    module = asnn.SpikeEncoder(width, kind)
+    before = error(module)
+    module.calibrate(x)
+    assert gaussian_optimum(module.levels) == pytest.approx(optimum, abs=3e-3)
+    assert optimum - 0.005 < error(module) < bound < before
+    torch.testing.assert_close(module.centre, offset, rtol=0, atol=0.2)
+
+
+def test_calibration_takes_any_leading_shape_and_no_gradient():
+    x = torch.randn(4, 6, D) + 1
+    modules = [asnn.SpikeEncoder(D) for _ in range(2)]
+    modules[0].calibrate(x)
+    modules[1].calibrate(x.view(24, D).requires_grad_())
+    for a, b in zip(*(m.parameters() for m in modules)):
+        assert torch.equal(a, b) and a.requires_grad and a.grad is None
+    assert not torch.equal(modules[0].centre, torch.zeros(D))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("estimator", asnn.ESTIMATORS)
+@pytest.mark.parametrize("value", [0.0, 2.5])
+def test_an_encoder_of_a_constant_is_finite(value, estimator, calibrated):
+    module, x = asnn.SpikeEncoder(D, estimator=estimator), torch.full((2, 3, D), value)
+    if calibrated:
+        module.calibrate(x)
+    out = module(x.requires_grad_())
+    out.sum().backward()
+    assert out.isfinite().all() and x.grad.isfinite().all()
+    assert not calibrated or torch.equal(out, x)  # the centre is all there is to know
+    for name, p in module.named_parameters():
+        assert p.isfinite().all() and (p.grad is None or p.grad.isfinite().all()), name
+
+
+@pytest.mark.parametrize("kind", ["ternary", "integer:3"])
+@pytest.mark.parametrize("estimator", ["normalised", "clipped"])
+def test_gradients_reach_all_of_an_encoder_and_its_input(estimator, kind):
+    module, x = encoder(kind, estimator), torch.randn(2, 60, D, requires_grad=True)
+    (module(x) - x.detach()).square().sum().backward()
+    for name, gradient in (("x", x.grad), *((n, p.grad) for n, p in module.named_parameters())):
+        assert gradient.isfinite().all() and (gradient.flatten(0, -2) if name == "x" else gradient).any(0).all(), name
+
+
+def test_the_gradients_of_centre_and_amplitude_are_those_of_the_code():
+    """With the identity estimator and spikes that do not move: code = centre + amplitude * scale * s."""
+    module, x, upstream = encoder(estimator="identity"), torch.randn(2, 5, D), torch.randn(2, 5, D)
+    module(x).backward(upstream)
+    spikes, scale = module.encode(x)
+    torch.testing.assert_close(module.amplitude.grad, (upstream * scale * spikes).sum((0, 1)).detach())
+    through_scale = (upstream * module.amplitude * spikes).sum(-1, keepdim=True) * -(x - module.centre).sign() / D
+    expected = upstream + through_scale - upstream * module.amplitude * scale
+    torch.testing.assert_close(module.centre.grad, expected.sum((0, 1)).detach())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("t", [0, 4, 9])
+def test_a_token_is_encoded_by_itself(t, training):
+    module, x = encoder().train(training), torch.randn(3, 10, D)
+    changed = x.clone()
+    changed[1, t] = -50 * x[1, t].flip(-1)
+    differs = (module(x) != module(changed)).any(-1)
+    assert differs[1, t] and differs.sum() == 1
+
+
+def test_a_dense_encoder_is_the_identity():
+    module, x = encoder("dense"), torch.randn(2, 5, D, requires_grad=True)
+    seen = []
+    module.spikes.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    out = module(x)
+    assert torch.equal(out, x) and torch.equal(seen[0], x)
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and all(p.grad is None for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind, estimator, message", [
+    ("binary", "clipped", "encoder_kind is 'binary'; allowed: dense, ternary, integer:k"),
+    ("octal", "clipped", "spike_kind is 'octal'; allowed: dense, binary, ternary, integer:k"),
+    ("ternary", "magic", "estimator is 'magic'; allowed: identity, normalised, clipped")])
+def test_wrong_options_of_an_encoder_are_refused(kind, estimator, message):
+    with pytest.raises(ValueError, match=message):
+        asnn.SpikeEncoder(D, kind, estimator)

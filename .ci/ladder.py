@@ -1,0 +1,100 @@
+"""The ladder from the published recipe to v14.4 on the reference task, one change per row.
+
+    ASNN_REF=<folder with corpus/ and teacher/> .venv/bin/python .ci/ladder.py [--rows NAME ...] [--seeds 42 43 44]
+
+Appends a line for each row and seed to outputs/reference/ladder.jsonl, skips what stands there, and prints the table.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, os.environ.get("ASNN_HOME") or str(ROOT))
+import asnn_common as asnn  # noqa: E402
+
+RESULTS = Path(os.environ.get("ASNN_LADDER") or ROOT / "outputs" / "reference" / "ladder.jsonl")
+
+# name: (recipe, values that differ from it); each row is the one above with what its name says.
+PLAIN = {"align_steps": 0, "optimizer": "adamw", "matrix_lr": None, "beta2": 0.999, "ce_weight": 0.0}
+ROWS = {
+    "published: cumsum recurrence": ("v14.3-cumsum", {}),
+    "exact recurrence": ("v14.3-published", {}),
+    "+ decays spread, mixes in [0.5, 1], clipped estimator": ("v14.3", {}),
+    "+ weights of the teacher": ("v14.3", {"weights_from_teacher": True, "projection_bias": True, "output_scale": 0.5,
+                                           "activation": "gelu_pytorch_tanh"}),
+    "+ lr 2e-3, fixed tau 1, no FDD": ("v14.4", {**PLAIN, "state_kind": "vector"}),
+    "+ KL + 0.2 CE, beta2 0.95": ("v14.4", {**PLAIN, "state_kind": "vector", "ce_weight": 0.2, "beta2": 0.95}),
+    "+ matrix state": ("v14.4", {**PLAIN, "state_kind": "matrix", "ce_weight": 0.2, "beta2": 0.95}),
+    "+ delta rule": ("v14.4", {**PLAIN, "ce_weight": 0.2, "beta2": 0.95}),
+    "+ Muon": ("v14.4", {"align_steps": 0}),
+    "+ layerwise alignment first (v14.4)": ("v14.4", {}),
+    "identity estimator in v14.4": ("v14.4", {"estimator": "identity"}),
+    "normalised estimator in v14.4": ("v14.4", {"estimator": "normalised"}),
+    "no CE in v14.4": ("v14.4", {"ce_weight": 0.0}),
+    "KL first, CE for the last third": ("v14.4", {"ce_start": 400}),
+    "spikes fade in over 200 steps": ("v14.4", {"anneal_steps": 200}),
+    "no weights of the teacher but embeddings": ("v14.4", {"weights_from_teacher": False, "align_steps": 0}),
+    "vector state (v14.4-vector)": ("v14.4-vector", {}),
+    "spikes in mix_in": ("v14.4", {"spike_sites": ("k", "v", "mix_in")}),
+    "spikes in mix_out": ("v14.4", {"spike_sites": ("k", "v", "mix_out")}),
+    "spikes in ffn_in": ("v14.4", {"spike_sites": ("k", "v", "ffn_in")}),
+    "spikes in ffn_hidden": ("v14.4", {"spike_sites": ("k", "v", "ffn_hidden")}),
+    "spikes in head_in": ("v14.4", {"spike_sites": ("k", "v", "head_in")}),
+    "all layer sites (v14.4-sites)": ("v14.4-sites", {}),
+    "all layer sites, integer:3": ("v14.4-sites", {"encoder_kind": "integer:3"}),
+    "all sites and the head": ("v14.4-sites", {"spike_sites": asnn.SITES}),
+    "dense twin of v14.4": ("v14.4", {"spike_kind": "dense"}),
+}
+
+
+def read():
+    """The rows measured so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def measure(name, seed, steps):
+    """One row: {"row", "seed", ..., "validation", "test"} with PPLs and gaps on whole splits."""
+    recipe, values = ROWS[name]
+    profile = asnn.PROFILES["ref"]
+    task = asnn.load_task(profile.scale(asnn.get_recipe(recipe), seed=seed, distill_steps=steps, **values), profile)
+    student, result = asnn.distil(task, task.recipe, asnn.FitConfig.from_recipe(task.recipe), description=name)
+    row = {"row": name, "seed": seed, "steps": result.step, "seconds_per_step": result.seconds / result.step,
+           "parameters": asnn.count_parameters(student), "threads": asnn.environment()["threads"], "precision": result.precision}
+    for split in ("validation", "test"):
+        ours, theirs = (asnn.evaluate(m, task.tokens[split], task.recipe.seq_len) for m in (student, task.teacher.model))
+        row[split] = {"ppl": ours.ppl, "gap": ours.ppl / theirs.ppl, "tokens": ours.tokens}
+    return row
+
+
+def table(rows):
+    """Markdown, in the order of ROWS; mean and standard deviation over seeds."""
+    lines = ["| row | test PPL | test gap | validation gap | seeds | s/step |", "|---|---|---|---|---|---|"]
+    for name in ROWS:
+        for steps in sorted({r["steps"] for r in rows if r["row"] == name}):
+            same = [r for r in rows if r["row"] == name and r["steps"] == steps]
+            gaps = [r["test"]["gap"] for r in same]
+            spread = f" ± {statistics.stdev(gaps):.3f}" if len(gaps) > 1 else ""
+            mean = lambda key, split="test": statistics.mean(r[split][key] for r in same)  # noqa: E731
+            speed = statistics.median(r["seconds_per_step"] for r in same)
+            lines.append(f"| {name}{'' if steps == 600 else f', {steps} steps'} | {mean('ppl'):.2f} | {mean('gap'):.3f}{spread} | "
+                         f"{mean('gap', 'validation'):.3f} | {len(same)} | {speed:.2f} ({same[0]['threads']} threads) |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", default=list(ROWS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[42])
+    parser.add_argument("--steps", type=int, default=600)
+    arguments = parser.parse_args()
+    for name in arguments.rows:
+        asnn.require(name in ROWS, "row", name, "; ".join(ROWS))
+        for seed in arguments.seeds:
+            if not any((r["row"], r["seed"], r["steps"]) == (name, seed, arguments.steps) for r in read()):
+                line = json.dumps(measure(name, seed, arguments.steps))
+                with open(RESULTS, "a") as file:
+                    file.write(line + "\n")
+    print(table(read()))

@@ -1,0 +1,540 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # ASNN-Goose v14.4: start the spiking student from its teacher's weights
+#
+# [![Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://www.kaggle.com/code/new)
+# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload=true)
+# ![Python 3.11-3.13](https://img.shields.io/badge/python-3.11--3.13-blue)
+# ![torch 2.10+](https://img.shields.io/badge/torch-2.10%2B-orange)
+#
+# The recipe of v14.3 takes nothing from its teacher but the embeddings, and gives each channel a memory of one number.
+# This notebook takes everything that fits: a layer of the student has the matrices of a GPT-2 layer.
+# The memory of a head becomes a matrix that is written with ternary keys and values by the delta rule: only what the state does not yet hold under a key is added.
+# The matrices are trained with Muon, everything else with AdamW, on the teacher's whole next-token distribution and the text itself.
+# Spikes can stand before every matrix product of the layers too: an encoder writes the input as `centre + amplitude * scale * s` with s in {-1, 0, +1}, and the next Linear absorbs all but s and one number per token.
+# A dense twin, the same student with the spikes taken out, is trained beside it over three seeds: what the spikes cost is measured, not assumed.
+#
+# *Run All* needs no editing: a GPU gets the published size, a CPU a small one that takes minutes.
+
+# %% [markdown]
+# ## Set-up
+# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a missing small package where there is internet, and never torch.
+
+# %% tags=["bootstrap"]
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Threads that wait give up soon: on a shared machine with few cores, spinning ones slow the working ones tenfold.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def find_common():
+    here = Path(globals().get("__file__", "notebook.py")).resolve().parent
+    near = [Path(os.environ["ASNN_HOME"])] if os.environ.get("ASNN_HOME") else []
+    near += [here, here.parent, Path.cwd(), Path.cwd().parent]
+    roots = [*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input", "/kaggle/usr/lib", "/content"]
+    for folder in near:
+        if (folder / "asnn_common.py").is_file():
+            return folder
+    level = [Path(root) for root in roots if root and Path(root).is_dir()]
+    for _ in range(7):
+        for folder in sorted(level):
+            if (folder / "asnn_common.py").is_file():
+                return folder
+        level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
+    raise FileNotFoundError("asnn_common.py was not found: attach it as a Kaggle dataset or utility script, upload it "
+                            "beside this notebook, or set ASNN_HOME to its folder.")
+
+
+sys.path.insert(0, str(find_common()))
+missing = [name for name in ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "tqdm")
+           if importlib.util.find_spec(name) is None]
+if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
+    raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
+if importlib.util.find_spec("torch") is None:
+    raise ImportError("torch is missing: choose an image that has it (Kaggle and Colab do).")
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit. `None` means: what the profile says.
+
+# %% tags=["parameters"]
+recipe = "v14.4"  # v14.4, v14.4-sites (spikes before every product), v14.4-vector, v14.4-t4 (long), or one of the history
+profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: ASNN_PROFILE, else by hardware
+corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with train.txt, validation.txt, test.txt
+teacher = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)
+steps = None  # optimiser steps of the distillation
+tax_seeds = 3  # seeds over which the ternary tax is measured; 0: not at all
+tax_steps = None  # optimiser steps of each of those runs; None: all in profile ref, a tenth elsewhere
+max_hours = None  # stop and save after so many hours; run again with the same name to go on
+seed = 42
+run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritten
+
+# %% [markdown]
+# ## Configuration and environment
+# Everything about the run is data: a recipe, scaled by a profile.
+
+# %%
+import copy
+import dataclasses
+import json
+import shutil
+import time
+import warnings
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import display
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
+import asnn_common as asnn  # noqa: E402
+
+pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
+begin = time.perf_counter()
+size, reason = asnn.select_profile(profile)
+asked = asnn.get_recipe(recipe)
+if size.name == "t4":  # what a long recipe asks for
+    corpus, max_hours = corpus or asked.corpus, max_hours or asked.max_hours
+size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
+chosen = size.scale(asked, seed=seed, **({} if steps is None else {"distill_steps": steps}))
+device, device_reason = asnn.select_device()
+precision, precision_reason = asnn.select_precision(device)
+env = asnn.environment()
+print(f"{reason}\ndevice {device}: {device_reason}\nprecision {precision_reason}")
+print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
+      + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
+
+
+def show_table(rows):
+    frame = pd.DataFrame(rows)
+    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
+
+
+# %% [markdown]
+# The recipe, beside the repaired recipe of v14.3 in the same profile: these are the changes that this version makes.
+
+# %%
+before = size.scale(asnn.get_recipe("v14.3"), seed=seed)
+fields = [item.name for item in dataclasses.fields(chosen) if item.name not in ("changed", "outcome", "inferred", "repaired", "published_ppl")]
+show_table([{"field": name, "this run": str(getattr(chosen, name)), "v14.3": str(getattr(before, name))}
+            for name in fields if getattr(chosen, name) != getattr(before, name)])
+
+# %% [markdown]
+# ## Data and teacher
+# The corpus is addressed by the hash of its content. A teacher trained here is cached under its own hash, so that a second run starts at once.
+
+# %%
+task = asnn.load_task(chosen, size)
+chosen, tokens, master = task.recipe, task.tokens, task.teacher
+print(f"corpus {task.corpus.name}, content hash {task.corpus.hash}")
+print("\n".join(task.notes or [f"teacher {master.name} fits the recipe as it is"]))
+show_table([{"split": split, "bytes": f"{task.sizes[split]['bytes']:,}", "words": f"{task.sizes[split]['words']:,}",
+             "tokens": f"{len(tokens[split]):,}", "bytes per token": f"{task.sizes[split]['bytes'] / len(tokens[split]):.2f}"}
+            for split in asnn.SPLITS])
+print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameters, vocabulary {len(master.tokenizer):,}")
+
+# %% [markdown]
+# The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.
+
+# %%
+if tax_steps is None:
+    tax_steps = chosen.distill_steps if size.name == "ref" else max(20, chosen.distill_steps // 10)
+settings = {"recipe": dataclasses.asdict(chosen), "profile": dataclasses.asdict(size), "corpus_hash": task.corpus.hash,
+            "teacher": master.name, "tax": [tax_seeds, tax_steps]}
+run = asnn.Run.open(chosen.name, run_name or f"{size.name}-seed{seed}", json.loads(json.dumps(settings)))
+print(run.note)
+
+# %% [markdown]
+# ## The architecture
+# One layer of the student. Orange: k and v are always spikes; hatched: where an encoder may stand, filled where this recipe has one.
+
+# %%
+def draw_architecture(recipe):
+    figure, axes = plt.subplots(figsize=(11, 5.4))
+    axes.set(xlim=(0, 11), ylim=(0, 5.6))
+    axes.axis("off")
+    plain, spiking, memory = "#dbe7f3", "#f6b26b", "#cfe8cf"
+
+    def box(x, y, w, h, label, colour):
+        axes.add_patch(plt.Rectangle((x, y), w, h, facecolor=colour, edgecolor="#444444", linewidth=1))
+        axes.text(x + w / 2, y + h / 2, label, ha="center", va="center", fontsize=9)
+
+    def arrow(x0, y0, x1, y1):
+        axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "#444444"})
+
+    def site(x, y, name):
+        on = name in recipe.spike_sites
+        axes.add_patch(plt.Rectangle((x, y), 0.22, 0.5, facecolor=spiking if on else "white", edgecolor="#b45f06", hatch=None if on else "////"))
+        axes.text(x + 0.11, y - 0.22, name, ha="center", fontsize=7, color="#b45f06")
+
+    box(0.0, 2.3, 1.1, 1.0, "x\nLayerNorm", plain)
+    box(1.4, 2.3, 1.3, 1.0, "token shift\nx, previous x", plain)
+    names = ("k", "v", "r", "gate") if recipe.state_kind != "vector" else ("k", "v", "r")
+    for y, name in zip((4.6, 3.5, 2.0, 1.1), names):
+        site(3.2, y + 0.1, "mix_in")
+        box(3.6, y, 0.8, 0.7, f"W_{name}", plain)
+        arrow(2.7, 2.8, 3.2, y + 0.35)
+    for y, name in ((4.6, "k"), (3.5, "v")):
+        box(4.7, y, 1.1, 0.7, f"spike {name}\n{{-1, 0, +1}}", spiking)
+        arrow(4.4, y + 0.35, 4.7, y + 0.35)
+        arrow(5.8, y + 0.35, 6.3, 4.3)
+    label = {"vector": "S = w S + k v", "matrix": "S = diag(w) S + k v$^T$",
+             "delta": "S = diag(w) S\n+ beta k (v - k S)$^T$"}[recipe.state_kind]
+    box(6.3, 3.8, 1.9, 1.0, label, memory)
+    box(6.7, 2.0, 1.1, 0.7, "read r S" + ("" if recipe.state_kind == "vector" else "\ngroup norm"), plain)
+    arrow(7.25, 3.8, 7.25, 2.7)
+    arrow(4.4, 2.35, 6.7, 2.35)
+    if recipe.state_kind != "vector":
+        box(6.9, 1.05, 0.7, 0.6, "* gate", plain)
+        arrow(7.25, 2.0, 7.25, 1.65)
+        arrow(4.4, 1.4, 6.9, 1.35)
+    site(8.1, 1.6, "mix_out")
+    box(8.5, 1.5, 0.7, 0.7, "W_o", plain)
+    arrow(7.8, 2.1, 8.1, 1.9)
+    site(8.2, 0.15, "ffn_in")
+    box(7.4, 0.05, 0.6, 0.7, "W_1", plain)
+    box(6.2, 0.05, 1.0, 0.7, recipe.activation[:9], plain)
+    site(5.8, 0.15, "ffn_hidden")
+    box(4.9, 0.05, 0.6, 0.7, "W_2", plain)
+    axes.plot([9.2, 9.6, 9.6, 8.45], [1.85, 1.85, 0.4, 0.4], color="#444444", linewidth=1)
+    axes.text(9.65, 1.1, "+ x, LayerNorm", fontsize=9)
+    box(2.6, 0.05, 1.9, 0.7, f"+ x, next layer\n(L={recipe.n_layer}), tied head", plain)
+    arrow(4.9, 0.4, 4.5, 0.4)
+    arrow(1.1, 2.8, 1.4, 2.8)
+    axes.set_title(f"ASNN-Goose {recipe.name}: one of {recipe.n_layer} layers, D={recipe.d_model}")
+    return figure
+
+
+run.show(draw_architecture(chosen), "architecture")
+
+# %% [markdown]
+# ## What a state can hold
+# Pairs of a random ternary key and a random ternary value are written one after the other into one head of N = 64, then keys are read back. Left, every pair has its own key: the delta rule reads more cleanly up to about N/2 pairs, and worse beyond. Right, 16 keys come again and again with new values, as names do in a text: the delta rule replaces what a key held, the others add it up.
+
+# %%
+def recall(pairs, distinct=None, width=64, trials=16):
+    generator = torch.Generator().manual_seed(0)
+    spikes = lambda count: (torch.sign(torch.randn(trials, count, 1, width, generator=generator))  # noqa: E731
+                            * (torch.rand(trials, count, 1, width, generator=generator) < 0.42))
+    key, value = spikes(distinct or pairs).repeat(1, -(-pairs // (distinct or pairs)), 1, 1)[:, :pairs], spikes(pairs)
+    unit = key * (key.square().sum(-1, keepdim=True) + 1.0).rsqrt()
+    last = slice(-min(pairs, distinct or pairs), None)  # the newest value of each key
+    found = {"vector": key.squeeze(2) * (key * value).sum(1)}  # (trials, pairs, N)
+    for name, beta in (("matrix", None), ("delta", torch.ones(trials, pairs, 1))):
+        _, S = asnn.matrix_recurrence_chunked(unit, unit, value, torch.full((1, width), 0.9999), None, beta)
+        found[name] = torch.einsum("bthn,bhnm->btm", unit, S)
+    return {name: float(torch.cosine_similarity(read[:, last], value[:, last].squeeze(2), dim=-1).mean()) for name, read in found.items()}
+
+
+counts = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128]
+recalled = {"every pair has its own key": [recall(count) for count in counts], "16 keys that come again": [recall(count, 16) for count in counts]}
+figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True)
+for axis, (title, rows) in zip(axes, recalled.items()):
+    for name in rows[0]:
+        axis.plot(counts, [row[name] for row in rows], "o-", label=name)
+    axis.set(xlabel="pairs written", xscale="log", ylim=(0, 1.05), title=title)
+    axis.grid(alpha=0.3)
+axes[0].set_ylabel("cosine of what is read\nand the newest value")
+axes[0].legend()
+run.show(figure, "recall")
+
+# %% [markdown]
+# The fast form of the recurrence against the loop, values, last state and gradients, in double precision.
+
+# %%
+def recurrence_agrees(length=70, width=16):
+    generator = torch.Generator().manual_seed(0)
+    leaf = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    r, v, S = leaf(2, length, 2, width), leaf(2, length, 2, width), leaf(2, 2, width, width)
+    k = torch.nn.functional.normalize(leaf(2, length, 2, width), dim=-1)
+    w, beta = torch.sigmoid(leaf(2, width)), torch.sigmoid(leaf(2, length, 2))
+    inputs = [x.requires_grad_() for x in (r, k, v, w, S, beta)]
+    results = []
+    for scan in (asnn.matrix_recurrence_reference, asnn.matrix_recurrence_chunked):
+        out, last = scan(*inputs)
+        results.append([out, last, *torch.autograd.grad(out.square().sum() + last.sum(), inputs)])
+    return max(float(((a - b).abs().max() / a.abs().max()).detach()) for a, b in zip(*results))
+
+
+worst = recurrence_agrees()
+print(f"largest relative difference of chunked form and loop: {worst:.1e} (fp64, outputs, state and six gradients)")
+
+# %% [markdown]
+# ## Weight transfer
+# What each parameter of the student starts from. Rows that are alike in all layers are shown for the first one.
+
+# %%
+blank = asnn.GooseForCausalLM(chosen.student_config(len(master.tokenizer)))
+if chosen.weights_from_teacher:
+    transferred = asnn.transfer_weights(blank, master.model, chosen.transfer_layers, chosen.output_scale)
+    show_table([row for row in transferred if not any(row["student"].startswith(f"blocks.{i}.") for i in range(1, chosen.n_layer))])
+    shares = {name: sum(p.numel() for n, p in blank.goose.named_parameters() if any(row["student"] == n and row["transferred"] == name for row in transferred))
+              for name in ("yes", "no, starts fresh")}
+    print(f"{shares['yes']:,} parameters start from the teacher, {shares['no, starts fresh']:,} start fresh; "
+          f"student layers take teacher layers {chosen.transfer_layers or asnn.span_ends(chosen.n_layer, len(asnn.transformer_blocks(master.model)))}")
+else:
+    print("This recipe takes no weights but the embeddings.")
+
+# %% [markdown]
+# ## Training
+# The stages of the run, then the run itself. The bar shows the loss, the student's perplexity on the training batch and on validation, and the time left.
+
+# %%
+stages = chosen.stages()
+print("; ".join(f"{name}: steps {start} to {end}" for name, start, end in stages))
+if chosen.anneal_steps:
+    print(f"spikes fade in over the first {chosen.anneal_steps} steps")
+
+
+def hours_left():
+    return None if max_hours is None else max(0.001, max_hours - (time.perf_counter() - begin) / 3600)
+
+
+student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=hours_left()), run.folder, size.eval_windows)
+print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
+      f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
+      f"peak {result.peak_memory_gb:.2f} GiB")
+if not result.finished:
+    print("The run is not finished: run all cells again with the same parameters to go on.")
+
+# %% [markdown]
+# What happened, and what each stage gained.
+
+# %%
+def plot_curves(log, recipe):
+    checks = [row for row in log if "val_ppl" in row]
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.6))
+    for name, label in (("align", "alignment"), ("kd", "KL"), ("ce", "cross-entropy")):
+        rows = [row for row in log if name in row]
+        if rows:
+            axes[0].plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
+    axes[0].set(title="loss on training batches", ylabel="nats per token (alignment: share of variance)", ylim=(0, None))
+    axes[0].legend()
+    axes[1].plot([row["step"] for row in checks], [row["val_ppl"] for row in checks], "o-")
+    axes[1].set(title=f"validation perplexity, first {size.eval_windows} windows", ylabel="PPL", yscale="log")
+    for name in checks[0]["val_density"] if checks else ():
+        axes[2].plot([row["step"] for row in checks], [row["val_density"][name] for row in checks], label=name)
+    axes[2].set(title="spike density by layer and site", ylim=(0, 1), ylabel="share of non-zero spikes")
+    if checks and len(checks[0]["val_density"]) <= 12:
+        axes[2].legend(fontsize=7, ncol=2)
+    frame = pd.DataFrame([row for row in log if "lr" in row])
+    axes[3].plot(frame["step"], frame["lr"])
+    axes[3].set(title="learning rate, AdamW", ylabel="lr")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        for _, start, _ in stages[1:]:
+            axis.axvline(start, color="#888888", linestyle=":", linewidth=1)
+    figure.tight_layout()
+    return figure
+
+
+run.show(plot_curves(result.log, chosen), "training")
+checks = {row["step"]: row["val_ppl"] for row in result.log if "val_ppl" in row}
+untrained = asnn.evaluate(asnn.build_student(chosen, master, calibration=asnn.distillation_sampler(chosen, tokens["train"], master.model).batch(0, chosen.batch_size)[0]).to(device),
+                          tokens["validation"], chosen.seq_len, windows=size.eval_windows, precision=precision).ppl
+gains, last = [{"stage": "as built, before training", "steps": "0", "validation PPL": f"{untrained:.2f}", "gain": ""}], untrained
+for name, start, end in stages:
+    if end in checks:
+        gains.append({"stage": name, "steps": f"{start} to {end}", "validation PPL": f"{checks[end]:.2f}", "gain": f"{last / checks[end]:.3f}x"})
+        last = checks[end]
+show_table(gains)
+
+# %% [markdown]
+# ## Quality
+# Perplexity over consecutive windows, every token once, in fp32. The gap is student PPL / teacher PPL on the same tokens; its standard error comes from the paired windows.
+
+# %%
+windows = size.final_windows if result.finished else size.eval_windows  # an unfinished run has used its time up
+measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, windows=windows, size=task.sizes[split],
+                                        description=f"{name}, {split}")
+                   for split in ("validation", "test")}
+            for name, model in (("teacher", master.model.to(device)), ("student", student))}
+show_table(asnn.quality_table(measured))
+
+# %% [markdown]
+# ## What the spikes cost: the ternary tax
+# The dense twin has the same architecture, seed, batches and budget, and every spike function replaced by identity. The tax is spiking PPL / dense PPL on the same tokens.
+
+# %%
+def tax_run(kind, tax_seed):
+    same = kind == chosen.spike_kind and tax_seed == seed and tax_steps == chosen.distill_steps
+    if same:
+        return measured["student"]["test"], result.finished
+    short = size.scale(asked, seed=tax_seed, distill_steps=tax_steps, spike_kind=kind)
+    other, _ = asnn.match_teacher(short, master)
+    settings = asnn.FitConfig.from_recipe(other, max_hours=hours_left(), eval_every=tax_steps, patience=None)
+    twin, done = asnn.distil(task, other, settings, run.folder / "tax" / f"{kind}-{tax_seed}", size.eval_windows, f"{kind}, seed {tax_seed}")
+    return asnn.evaluate(twin, tokens["test"], chosen.seq_len, windows=size.final_windows), done.finished
+
+
+taxes, complete = [], result.finished
+for tax_seed in range(seed, seed + tax_seeds):
+    if not complete or chosen.spike_kind == "dense":
+        break
+    (spiking, done), (dense, done_too) = tax_run(chosen.spike_kind, tax_seed), tax_run("dense", tax_seed)
+    complete = complete and done and done_too
+    if complete:
+        tax, error = asnn.perplexity_gap(spiking, dense)
+        taxes.append({"seed": tax_seed, "spiking": spiking.ppl, "dense": dense.ppl, "tax": tax, "standard_error": error})
+if taxes:
+    show_table([{"seed": str(row["seed"]), "spiking PPL": f"{row['spiking']:.2f}", "dense twin PPL": f"{row['dense']:.2f}",
+                 "tax ± s.e.": f"{row['tax']:.4f} ± {row['standard_error']:.4f}"} for row in taxes])
+    values = np.array([row["tax"] for row in taxes])
+    spread = f" ± {values.std(ddof=1):.4f} (standard deviation)" if len(values) > 1 else ""
+    print(f"ternary tax {values.mean():.4f}{spread} over {len(values)} seeds, {tax_steps} steps each, test split, measured")
+else:
+    print("The tax was not measured: it needs a finished spiking run and tax_seeds of at least 1.")
+
+# %% [markdown]
+# ## Where the spikes are
+# The share of multiply-accumulates of the layers and the head whose input is a spike, per token, and the densities. `k` and `v` write the state and feed no matrix product.
+
+# %%
+def product_table(model):
+    rows, D, F = [], model.config.d_model, model.config.ffn_width
+    heads = D // model.config.head_width
+    per_layer = {"mix_in": {"vector": 3 * D * D, "matrix": 4 * D * D, "delta": 4 * D * D + D * heads}[model.config.state_kind], "mix_out": D * D, "ffn_in": D * F, "ffn_hidden": D * F}
+    density = asnn.spike_density(model, torch.from_numpy(tokens["validation"][:4 * chosen.seq_len].astype(np.int64)).view(4, -1))
+    macs = {**{site: model.config.n_layer * count for site, count in per_layer.items()}, "head_in": D * model.config.vocab_size}
+    for site, count in macs.items():
+        found = [value for name, value in density.items() if f".{site}" in f".{name}"]
+        rows.append({"site": site, "MACs per token": count, "share": count / sum(macs.values()), "fed by spikes": site in model.config.spike_sites,
+                     "density": float(np.mean(found)) if found else None})
+    return rows
+
+
+products = product_table(student)
+layers_only = [row for row in products if row["site"] != "head_in"]
+fed = sum(row["MACs per token"] for row in layers_only if row["fed by spikes"]) / sum(row["MACs per token"] for row in layers_only)
+show_table([{**row, "MACs per token": f"{row['MACs per token']:,}", "share": f"{100 * row['share']:.1f} %",
+             "density": "-" if row["density"] is None else f"{row['density']:.3f}"} for row in products])
+print(f"{100 * fed:.0f} % of the layers' matrix products are fed by spikes")
+figure, axes = plt.subplots(figsize=(10, 3.2))
+density = asnn.spike_density(student, torch.from_numpy(tokens["validation"][:4 * chosen.seq_len].astype(np.int64)).view(4, -1))
+axes.bar(range(len(density)), list(density.values()), color="#f6b26b")
+axes.set(title="Spike density by layer and site, 4 validation windows", ylabel="share of non-zero spikes", ylim=(0, 1))
+axes.set_xticks(range(len(density)), list(density), rotation=90, fontsize=7)
+run.show(figure, "density")
+
+# %% [markdown]
+# ## Samples
+# The same prompts, from the test split, with the same sampling (temperature 0.8, top-k 40). Perplexity says how well, samples say what.
+
+# %%
+samples = asnn.sample_texts({"teacher": master.model, "student": student}, master.tokenizer, tokens["test"], chosen.seq_len, seed)
+if "ipykernel" in sys.modules:
+    display(pd.DataFrame(samples).style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
+                                                                             "font-family": "monospace", "width": "32%"}))
+else:
+    for row in samples:
+        print("\n".join(f"[{name}] {row[name]!r}" for name in row), "\n")
+
+# %% [markdown]
+# ## The long run
+# What `recipe = "v14.4-t4"` asks of one T4: an estimate, by arithmetic. Nothing of it was trained for this page.
+
+# %%
+def plan(recipe, teacher_parameters=124_439_808, memory=16, speed=10_000):
+    with torch.device("meta"):
+        model = asnn.GooseForCausalLM(recipe.student_config(50257))
+    count, step_tokens = asnn.count_parameters(model), recipe.batch_size * recipe.grad_accum * recipe.seq_len
+    # Kept for backward, per token and layer: about 46 D values in half precision (projections, norms, feed-forward of width 4D)
+    # and 20 D in fp32 for the recurrence; three steps of the full size on a CPU kept 173 bytes per token, layer and channel.
+    activations = recipe.batch_size * recipe.seq_len * recipe.n_layer * recipe.d_model * (46 * 2 + 20 * 4)
+    parts = {"teacher weights, fp32": 4 * teacher_parameters, "student weights, gradients, two moments, fp32": 16 * count,
+             "half-precision copies under autocast": 2 * (count + 50257 * recipe.d_model), "activations kept for backward": activations,
+             "gradient of the head, fp32": 4 * 50257 * recipe.d_model,
+             "logit chunks of the loss": asnn.LOGIT_BUDGET["cuda"], "CUDA context and workspaces, allowance": 2**30}
+    show_table([{"memory": name, "GiB": f"{value / 2**30:.2f}"} for name, value in parts.items()])
+    total = recipe.distill_steps * step_tokens
+    print(f"{count:,} parameters; {sum(parts.values()) / 2**30:.1f} GiB of {memory} (estimated)")
+    print(f"{step_tokens:,} tokens per step ({recipe.batch_size} x {recipe.seq_len} x {recipe.grad_accum} accumulated), {recipe.distill_steps:,} steps, "
+          f"{total / 1e6:.0f}M tokens, {total / 118e6:.1f} epochs of {recipe.corpus}; {total / speed / 3600:.1f} h at an assumed {speed:,} tokens/s (estimated), budget {recipe.max_hours:g} h")
+    return sum(parts.values()) / 2**30
+
+
+planned = plan(asnn.get_recipe("v14.4-t4"))
+
+# %% [markdown]
+# ## Contract
+# Facts that hold in every profile and on every machine; continuous integration compares their output.
+
+# %% tags=["nbval-check-output"]
+with torch.device("meta"):
+    full = asnn.GooseForCausalLM(asnn.get_recipe("v14.4").student_config(50257))
+print("full-size student, parameters:", asnn.count_parameters(full))
+print("chunked form equals the loop:", worst < 1e-12)
+print("the delta rule replaces what a key held:", all(row["delta"] > row["matrix"] + 0.1 for row in recalled["16 keys that come again"][-4:]))
+print("and holds less than a sum of 128 keys:", recalled["every pair has its own key"][-1]["delta"] < recalled["every pair has its own key"][-1]["matrix"])
+print("the long run fits 16 GB:", planned < 14)
+
+# %% tags=["nbval-check-output"]
+with torch.no_grad():
+    exact = copy.deepcopy(student).cpu().double().eval()  # so that no threshold is crossed by rounding
+    probe = torch.randn(2, 32, chosen.d_model, dtype=torch.float64)
+    alphabet = {int(value) for module in asnn.spike_modules(exact).values() if isinstance(module, asnn.TernarySpike) for value in module.encode(probe)[0].unique()}
+    encoder, linear = asnn.SpikeEncoder(chosen.d_model).double(), exact.goose.blocks[0].ffn.up
+    encoder.calibrate(probe)
+    spikes, scale = encoder.encode(probe)
+    folded = encoder.fold(linear)
+    agrees = torch.allclose(scale * (spikes @ folded.weight.t()) + folded.bias, linear(encoder(probe)), atol=1e-5)
+print("spike alphabet:", sorted(alphabet), "encoder:", sorted(int(value) for value in spikes.unique()))
+print("an encoder folds into the next Linear:", agrees)
+
+# %% tags=["nbval-check-output"]
+with torch.no_grad():
+    ids = torch.from_numpy(tokens["validation"][:64].astype(np.int64)).view(2, 32)
+    changed = ids.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % exact.config.vocab_size
+    whole, other = exact(ids).logits, exact(changed).logits
+    first = exact(ids[:, :13])
+    rest = exact(ids[:, 13:], state=first.state).logits
+print("a changed token changes nothing before it:", torch.equal(whole[:, :20], other[:, :20]))
+print("and something from it on:", not torch.equal(whole[:, 20:], other[:, 20:]))
+print("cached equals uncached:", torch.allclose(torch.cat((first.logits, rest), 1), whole, atol=1e-6))
+
+# %% [markdown]
+# ## Saved artefacts
+# One metrics file feeds the tables, the model card and the index of runs. The student is a Hugging Face folder that loads without this project.
+
+# %%
+metrics = asnn.run_metrics(run, task, size, student, result, measured, tax={"steps": tax_steps, "runs": taxes}, stages=gains,
+                           layers_fed_by_spikes=fed, notebook_seconds=time.perf_counter() - begin)
+if result.finished and (complete or not tax_seeds):
+    if run.main:
+        asnn.write_atomically(run.folder / "samples.json", json.dumps(samples, indent=1))
+        shutil.rmtree(run.folder / "tax", ignore_errors=True)
+    run.finish(metrics, student.cpu(), master.tokenizer)
+
+# %% tags=["nbval-check-output"]
+for name in (".", "figures", "student"):
+    print(f"{name}:", sorted(path.name for path in (run.folder / name).glob("*")) or "not yet: the run is not finished")
+
+# %% [markdown]
+# ## Summary
+
+# %%
+gap = metrics["gap"]["test"]
+print(f"{chosen.name} on {task.corpus.name} with teacher {master.name}: test PPL {measured['student']['test'].ppl:.2f} against the teacher's "
+      f"{measured['teacher']['test'].ppl:.2f}, gap {gap['value']:.3f} ± {gap['standard_error']:.3f} (standard error, {measured['student']['test'].windows} windows, one seed, measured).")
+if taxes:
+    print(f"Ternary tax {np.mean([row['tax'] for row in taxes]):.4f} over {len(taxes)} seeds of {tax_steps} steps; {100 * fed:.0f} % of the layers' products are fed by spikes.")
+print(f"{time.perf_counter() - begin:.0f} s in this notebook; metrics and figures in {os.path.relpath(run.folder)}")
