@@ -1888,6 +1888,17 @@ def write_atomically(path: Path, content: str | Callable[[Any], Any]) -> None:
     os.replace(temporary, path)
 
 
+def is_main_process() -> bool:
+    """True in the one of several processes that writes files, and where there is one process only."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def wait_for_everyone() -> None:
+    """Returns when all processes of the run have come here; at once where there is only one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import_optional("accelerate").PartialState(cpu=select_device()[0].type == "cpu").wait_for_everyone()
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when the block has ended well; one that exists by then is kept."""
@@ -2909,11 +2920,13 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
                                f"({result.stopped}); run again to go on.")
         known = {"trained_steps": result.step, "seconds": round(result.seconds, 1),
                  "tokens_per_second": round(result.tokens_per_second), "precision": result.precision}
-        with new_folder(folder) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            write_atomically(temporary / "training.json", json.dumps(known, indent=1))
-        shutil.rmtree(work, ignore_errors=True)
+        if is_main_process():
+            with new_folder(folder) as temporary:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+                write_atomically(temporary / "training.json", json.dumps(known, indent=1))
+            shutil.rmtree(work, ignore_errors=True)
+        wait_for_everyone()
     loaded = load_teacher(str(folder))
     return Teacher(loaded.model, loaded.tokenizer, name), json.loads((folder / "training.json").read_text())
 
@@ -3037,7 +3050,7 @@ class Run:
 
     def __init__(self, folder: Path, note: str):
         self.folder, self.note = folder, note
-        self.main = int(os.environ.get("RANK", 0)) == 0  # of several processes one writes
+        self.main = is_main_process()  # of several processes one writes
 
     @classmethod
     def open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None = None) -> Run:
@@ -3102,8 +3115,7 @@ class Run:
             table = results_table(runs(self.folder.parent.parent))
             write_atomically(self.folder.parent.parent / "index.md", f"# Runs\n\n{table}\n")
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            import_optional("accelerate").PartialState().wait_for_everyone()
+        wait_for_everyone()
 
 
 def runs(outputs: Path | None = None) -> list[dict[str, Any]]:
