@@ -8,9 +8,10 @@ Contents
     5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, Distiller
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
     7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_modules, spike_density,
-                       match_teacher, transfer_weights, calibrate_encoders, build_student, train_teacher,
-                       distillation_sampler
-    11 Artefacts       environment, Run, runs, run_checks, results_table, model_card
+                       matrix_products, match_teacher, transfer_weights, calibrate_encoders, build_student,
+                       train_teacher, distillation_sampler, load_task, distil
+    11 Artefacts       environment, Run, runs, quality_table, sample_texts, run_metrics, run_checks, results_table,
+                       model_card
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -67,7 +68,7 @@ try:
 except ImportError:  # the name before transformers 5.1
     from transformers import PretrainedConfig as PreTrainedConfig
 
-__version__ = "14.3.0"
+__version__ = "14.4.0"
 
 
 # ======================================================================================================
@@ -399,14 +400,15 @@ def _history() -> dict[str, Recipe]:
         published_ppl=None, inferred=(), repaired=(), outcome="", weights_from_teacher=True, output_scale=0.5,
         state_kind="delta", projection_bias=True, activation="gelu_pytorch_tanh", temperature="fixed", tau=1.0,
         ce_weight=0.2, fdd="none", align_steps=833, patience=5000, optimizer="muon", lr=4e-4, matrix_lr=1e-3, beta2=0.95)
-    v14_4_sites = v14_4.replace(name="v14.4-sites", changed="v14.4 with every matrix product of the layers fed by spikes",
+    v14_4_sites = v14_4.replace(name="v14.4-sites", changed="v14.4 with every weight product of the layers fed by spikes",
                                 spike_sites=SITES[:-1])
     v14_4_vector = v14_4.replace(name="v14.4-vector", changed="v14.4 with the founders' vector state",
                                  state_kind="vector")
     # 16,384 tokens a step; at an estimated 10,000 tokens/s of a T4, 12,000 steps are 5.5 hours.
     v14_4_t4 = v14_4.replace(name="v14.4-t4", changed="v14.4 at length: WikiText-103, 197M tokens, one T4 for 6 hours",
                              corpus="wikitext-103", max_hours=6.0, seq_len=512, batch_size=8, grad_accum=4,
-                             distill_steps=12_000, eval_every=500, patience=12_000, warmup_ratio=0.05)
+                             distill_steps=12_000, align_steps=2000, eval_every=500, patience=12_000,
+                             warmup_ratio=0.05)
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
                                 v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_vector, v14_4_t4)}
 
@@ -485,15 +487,15 @@ def spread_layer_map(n_layer: int, teacher_layers: int) -> tuple[tuple[int, int]
                  for s in students)
 
 
-_SMALL = (("d_model", 256), ("n_layer", 3), ("distill_steps", 600), ("batch_size", 8), ("seq_len", 256),
-          ("eval_every", 100), ("patience", 300), ("embeddings_from_teacher", True))
+_SMALL = (("d_model", 256), ("n_layer", 3), ("distill_steps", 600), ("batch_size", 8), ("grad_accum", 1),
+          ("seq_len", 256), ("eval_every", 100), ("patience", 300), ("embeddings_from_teacher", True))
 
 PROFILES: dict[str, Profile] = {p.name: p for p in (
     Profile("tiny", "seconds; for continuous integration", corpus_chars=400_000, vocab_size=512, teacher_layers=2,
             teacher_width=64, teacher_heads=2, teacher_steps=40, teacher_lr=3e-3, eval_windows=8, final_windows=16,
             lr_scale=10.0,
             recipe=(("d_model", 64), ("n_layer", 2), ("head_width", 32), ("distill_steps", 30), ("batch_size", 8),
-                    ("seq_len", 64), ("eval_every", 10), ("fdd_start", 10), ("patience", 30),
+                    ("grad_accum", 1), ("seq_len", 64), ("eval_every", 10), ("fdd_start", 10), ("patience", 30),
                     ("embeddings_from_teacher", True))),
     Profile("cpu", "minutes; the default without a GPU", lr_scale=5.0,
             recipe=(*_SMALL, ("distill_steps", 300))),
@@ -666,6 +668,7 @@ class TernarySpike(nn.Module):
         size = d_model if granularity == "channel" else 1
         self.alpha = nn.Parameter(torch.full((size,), float(alpha_init)))
         self.amplitude = nn.Parameter(torch.full((size,), float(amplitude_init)))
+        self.alpha.requires_grad_(kind != "dense")  # the twin has no threshold; several processes wait for gradients
         self.spikes = nn.Identity()  # all spikes pass through here: where they are observed and replaced
 
     def theta(self, x: Tensor, mask: Tensor | None = None,
@@ -725,6 +728,7 @@ class SpikeEncoder(nn.Module):
         self.centre = nn.Parameter(torch.zeros(width))
         self.alpha = nn.Parameter(torch.ones(width))
         self.amplitude = nn.Parameter(torch.ones(width))
+        self.requires_grad_(kind != "dense")
         self.spikes = nn.Identity()
 
     @torch.no_grad()
@@ -737,7 +741,9 @@ class SpikeEncoder(nn.Module):
         x = x / x.abs().mean(-1, keepdim=True).clamp_min(1e-6)
         self.alpha.copy_(0.77 / (1 + 0.15 * (self.levels - 1)) * x.abs().mean(0).clamp_min(1e-3))
         count = sum((x.abs() > level * self.alpha).float() for level in range(1, self.levels + 1))
-        self.amplitude.copy_((x.abs() * count).sum(0) / count.square().sum(0).clamp_min(1.0))
+        height = (x.abs() * count).sum(0) / count.square().sum(0).clamp_min(1.0)
+        # A channel that never fired here keeps a height, or it would never learn one.
+        self.amplitude.copy_(torch.where(count.any(0), height, 1.53 * x.abs().mean(0).clamp_min(1e-3)))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Spikes (B, T, X) and the scale (B, T, 1) of x (B, T, X)."""
@@ -1081,8 +1087,9 @@ class MatrixTimeMix(TimeMix):
     """The same with an N x N state per head, read by a receptance without a sigmoid, group norm and an output gate.
 
     state_kind `matrix`: S_t = diag(w) S_{t-1} + k v^T, keys scaled by sqrt(1 - w^2), so that channels of long and
-    short memory weigh alike. `delta`: keys of length below one and beta = sigmoid(W_b x_k) per head, see
-    `matrix_recurrence_reference`.
+    short memory weigh alike; the update adds or subtracts where k and v both fire. `delta`: keys of length below one and
+    beta = sigmoid(W_b x_k) per head, see `matrix_recurrence_reference`; what is written, v - k S, is then not ternary,
+    and only its rows, those where k fires, are sparse.
     """
 
     INPUTS = ("k", "v", "r", "g")
@@ -1780,7 +1787,7 @@ class Distiller(nn.Module):
         with torch.no_grad(), capture_blocks(self.teacher, {0, *ends}) as captured:
             self.teacher.base_model(input_ids.to(where), use_cache=False)
         # The trained-but-unused parameters take part with weight zero, which several processes need.
-        rest = sum(p.sum() for n, p in self.named_parameters() if ".blocks." not in n)
+        rest = sum(p.sum() for n, p in self.named_parameters() if ".blocks." not in n and p.requires_grad)
         start, losses = captured[0][0].float().to(rest.device), [0.0 * rest]
         for block, end in zip(blocks, ends):
             goal = captured[end][1].float().to(rest.device)  # (B, T, D)
@@ -2379,6 +2386,7 @@ class Muon(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
+                    # AdamW looks for "step" in every state that is loaded.
                     state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
                 update = orthogonalise(p.grad.lerp(buffer, self.momentum), dtype=self.dtype)
@@ -2748,6 +2756,28 @@ def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
     return density
 
 
+def matrix_products(student: GooseForCausalLM) -> list[dict[str, Any]]:
+    """Multiply-accumulates per token of each kind of product: {"product", "macs", "layers", "site", "fed"}.
+
+    `layers` is False for the head, `site` the spike site before a product with weights, None for those of the state, and
+    `fed` says whether spikes go in: in the state's write and the delta rule's k S the key is a spike, r S has none.
+    """
+    c, H = student.config, 0 if student.config.state_kind == "vector" else student.config.d_model // student.config.head_width
+    D, n = c.d_model, c.n_layer
+    fan_in = D * (3 * D if not H else 4 * D + (H if c.state_kind == "delta" else 0))
+    rows = [("k, v, r, gate and beta" if H else "k, v, r", n * fan_in, True, "mix_in"), ("W_o", n * D * D, True, "mix_out"),
+            ("W_1", n * D * c.ffn_width, True, "ffn_in"), ("W_2", n * D * c.ffn_width, True, "ffn_hidden"),
+            ("head", D * c.vocab_size, False, "head_in")]
+    if H:
+        written = n * D * c.head_width
+        rows += [("state, write" + (" and k S" if c.state_kind == "delta" else ""),
+                  written * (2 if c.state_kind == "delta" else 1), True, None), ("state, r S", written, True, None)]
+    spiking = c.spike_kind != "dense"
+    return [{"product": product, "macs": macs, "layers": layers, "site": site,
+             "fed": spiking and (site in c.spike_sites if site else product != "state, r S")}
+            for product, macs, layers, site in rows]
+
+
 def match_teacher(recipe: Recipe, teacher: Teacher) -> tuple[Recipe, list[str]]:
     """The recipe with what the teacher at hand does not allow changed, and a sentence for each change.
 
@@ -2904,8 +2934,10 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
                                      bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     settings = FitConfig(profile.teacher_steps, profile.teacher_batch_size, profile.teacher_lr, seq_len,
                          weight_decay=0.1, seed=seed, eval_every=10**9, save_every=200, max_hours=max_hours)
-    identity = {k: v for k, v in dataclasses.asdict(settings).items() if k != "max_hours"}
-    key = content_hash("teacher 1", corpus.hash, json.dumps([shape, identity], sort_keys=True))
+    # Without defaults: an option that is new to FitConfig trains no teacher again.
+    identity = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)
+                if f.name != "max_hours" and getattr(settings, f.name) != f.default}
+    key = content_hash("teacher 2", corpus.hash, json.dumps([shape, identity], sort_keys=True))
     folder = cache_folder() / "teachers" / key
     name = f"gpt2-{profile.teacher_layers}x{profile.teacher_width}-{corpus.name}-{key[:6]}"
     if not folder.is_dir():
@@ -3107,6 +3139,7 @@ class Run:
         """Saves the student with its model card, then metrics.json, whose presence marks the run as finished."""
         if self.main:
             if student is not None:
+                shutil.rmtree(self.folder / "student", ignore_errors=True)  # of a finish that was cut off
                 with new_folder(self.folder / "student") as temporary:
                     student.save_pretrained(temporary)
                     tokenizer.save_pretrained(temporary)
@@ -3259,8 +3292,9 @@ tags: [spiking, ternary, rwkv, distillation]
 ---
 # ASNN-Goose {m['version']}, run {m['run']}
 
-A recurrent language model whose keys and values are ternary spikes {{-1, 0, +1}}, {m['student']['parameters']:,}
-parameters, distilled from {m['teacher']['name']} on {m['corpus']['name']} (content hash {m['corpus']['hash']}).
+A recurrent language model whose keys and values are ternary spikes {{-1, 0, +1}} (spike sites:
+{', '.join(sorted({name.split('.')[1] if '.' in name else name for name in m['student']['density']}))}),
+{m['student']['parameters']:,} parameters, distilled from {m['teacher']['name']} on {m['corpus']['name']} (content hash {m['corpus']['hash']}).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

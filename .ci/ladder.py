@@ -34,8 +34,9 @@ ROWS = {
     "identity estimator in v14.4": ("v14.4", {"estimator": "identity"}),
     "normalised estimator in v14.4": ("v14.4", {"estimator": "normalised"}),
     "no CE in v14.4": ("v14.4", {"ce_weight": 0.0}),
-    "KL first, CE for the last third": ("v14.4", {"ce_start": 400}),
+    "CE from step 400 on": ("v14.4", {"ce_start": 400}),
     "spikes fade in over 200 steps": ("v14.4", {"anneal_steps": 200}),
+    "alignment for 300 steps": ("v14.4", {"align_steps": 300}),
     "no weights of the teacher but embeddings": ("v14.4", {"weights_from_teacher": False, "align_steps": 0}),
     "vector state (v14.4-vector)": ("v14.4-vector", {}),
     "spikes in mix_in": ("v14.4", {"spike_sites": ("k", "v", "mix_in")}),
@@ -61,7 +62,9 @@ def measure(name, seed, steps):
     profile = asnn.PROFILES["ref"]
     task = asnn.load_task(profile.scale(asnn.get_recipe(recipe), seed=seed, distill_steps=steps, **values), profile)
     student, result = asnn.distil(task, task.recipe, asnn.FitConfig.from_recipe(task.recipe), description=name)
-    row = {"row": name, "seed": seed, "steps": result.step, "seconds_per_step": result.seconds / result.step,
+    products = [row for row in asnn.matrix_products(student) if row["layers"] and row["site"]]
+    row = {"row": name, "seed": seed, "steps": steps, "trained": result.step,
+           "fed": sum(p["macs"] for p in products if p["fed"]) / sum(p["macs"] for p in products), "seconds_per_step": result.seconds / result.step,
            "parameters": asnn.count_parameters(student), "threads": asnn.environment()["threads"], "precision": result.precision}
     for split in ("validation", "test"):
         ours, theirs = (asnn.evaluate(m, task.tokens[split], task.recipe.seq_len) for m in (student, task.teacher.model))
@@ -71,7 +74,8 @@ def measure(name, seed, steps):
 
 def table(rows):
     """Markdown, in the order of ROWS; mean and standard deviation over seeds."""
-    lines = ["| row | test PPL | test gap | validation gap | seeds | s/step |", "|---|---|---|---|---|---|"]
+    lines = ["| row | test PPL | test gap | validation gap | seeds | weight products fed by spikes | s/step |",
+             "|" + "---|" * 7]
     for name in ROWS:
         for steps in sorted({r["steps"] for r in rows if r["row"] == name}):
             same = [r for r in rows if r["row"] == name and r["steps"] == steps]
@@ -80,7 +84,7 @@ def table(rows):
             mean = lambda key, split="test": statistics.mean(r[split][key] for r in same)  # noqa: E731
             speed = statistics.median(r["seconds_per_step"] for r in same)
             lines.append(f"| {name}{'' if steps == 600 else f', {steps} steps'} | {mean('ppl'):.2f} | {mean('gap'):.3f}{spread} | "
-                         f"{mean('gap', 'validation'):.3f} | {len(same)} | {speed:.2f} ({same[0]['threads']} threads) |")
+                         f"{mean('gap', 'validation'):.3f} | {len(same)} | {100 * same[0].get('fed', 0.0):.0f} % | {speed:.2f} ({same[0]['threads']} threads) |")
     return "\n".join(lines)
 
 
