@@ -396,3 +396,35 @@ def test_without_annealing_there_are_spikes_from_the_first_step_on(model):
     objective = distiller(model)
     objective(ids(), ids(), step=0)
     assert {m.share for m in asnn.spike_modules(objective.student).values()} == {1.0}
+
+
+@pytest.mark.parametrize("state", asnn.STATES)
+@pytest.mark.parametrize("sites, fed", [(("k", "v"), set()), (("k", "v", "ffn_in"), {"ffn_in"}),
+                                        (asnn.SITES, set(asnn.SITES[2:]))])
+def test_products_count_every_weight_once_and_know_what_feeds_them(state, sites, fed):
+    config = asnn.GooseConfig(vocab_size=40, d_model=16, n_layer=2, head_width=8, state_kind=state, spike_sites=sites)
+    student = asnn.GooseForCausalLM(config)
+    rows = asnn.matrix_products(student)
+    linears = [m for m in asnn.transformer_blocks(student).modules() if isinstance(m, torch.nn.Linear)]
+    assert sum(r["macs"] for r in rows if r["layers"] and r["site"]) == sum(m.weight.numel() for m in linears)
+    assert {r["site"] for r in rows if r["fed"] and r["site"]} == fed
+    states = [r for r in rows if not r["site"]]
+    assert sum(r["macs"] for r in states) == {"vector": 0, "matrix": 2, "delta": 3}[state] * 2 * 16 * 8
+    assert not any(r["fed"] for r in states if "r S" in r["product"])
+
+
+@pytest.mark.parametrize("state", asnn.STATES)
+def test_the_dense_twin_trains_nothing_that_gets_no_gradient(state):
+    config = asnn.GooseConfig(vocab_size=40, d_model=16, n_layer=2, head_width=8, state_kind=state, spike_kind="dense",
+                              spike_sites=asnn.SITES)
+    student = asnn.GooseForCausalLM(config).train()
+    student(torch.randint(0, 40, (2, 8)), labels=torch.randint(0, 40, (2, 8))).loss.backward()
+    assert not [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_a_channel_that_never_fires_in_calibration_keeps_a_height():
+    encoder = asnn.SpikeEncoder(4)
+    x = torch.randn(64, 4)
+    x[:, 2] = 1.0
+    encoder.calibrate(x)
+    assert bool((encoder.amplitude > 0).all())
