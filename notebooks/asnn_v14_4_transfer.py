@@ -321,11 +321,11 @@ if not result.finished:
 def plot_curves(log, recipe):
     checks = [row for row in log if "val_ppl" in row]
     figure, axes = plt.subplots(1, 4, figsize=(17, 3.6))
-    for name, label in (("align", "alignment"), ("kd", "KL"), ("ce", "cross-entropy")):
+    for name, label in (("align", "alignment (share of variance)"), ("kd", "KL"), ("ce", "cross-entropy")):
         rows = [row for row in log if name in row]
         if rows:
             axes[0].plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
-    axes[0].set(title="loss on training batches", ylabel="nats per token (alignment: share of variance)", ylim=(0, None))
+    axes[0].set(title="loss on training batches", ylabel="nats per token", ylim=(0, None))
     axes[0].legend()
     axes[1].plot([row["step"] for row in checks], [row["val_ppl"] for row in checks], "o-")
     axes[1].set(title=f"validation perplexity, first {size.eval_windows} windows", ylabel="PPL", yscale="log")
@@ -384,7 +384,8 @@ def tax_run(kind, tax_seed):
     folder = run.folder / "tax" / f"{kind}-{tax_seed}-{tax_steps}"
     twin, done = asnn.distil(task, other, asnn.FitConfig.from_recipe(other, max_hours=hours_left()), folder, size.eval_windows,
                              f"{kind}, seed {tax_seed}")
-    return asnn.evaluate(twin, tokens["test"], chosen.seq_len, windows=size.final_windows) if done.finished else None
+    exactly = "fp32" if tax_steps == chosen.distill_steps else precision  # a short budget is no final figure
+    return asnn.evaluate(twin, tokens["test"], chosen.seq_len, windows=size.final_windows, precision=exactly) if done.finished else None
 
 
 taxes = []
