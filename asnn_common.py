@@ -7,11 +7,14 @@ Contents
     4  Model           GooseState, TimeMix, MatrixTimeMix, GooseBlock, GooseModel, GooseForCausalLM
     5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, Distiller
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
-    7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_modules, spike_density,
-                       matrix_products, match_teacher, transfer_weights, calibrate_encoders, build_student,
+    7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_modules, spike_hooks,
+                       spike_density, matrix_products, match_teacher, transfer_weights, calibrate_encoders, build_student,
                        train_teacher, distillation_sampler, load_task, distil
-    11 Artefacts       environment, Run, runs, quality_table, sample_texts, run_metrics, run_checks, results_table,
-                       model_card
+    8  SpikingBrain    wilson_interval, bootstrap_interval, SpikeCapture, record_spikes, SpikeHealthChecker,
+                       MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
+                       intervene, Remediation, remediate
+    11 Artefacts       environment, Run, runs, find_run, load_run, gate_status, quality_table, sample_texts, run_metrics,
+                       run_checks, results_table, model_card
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -33,6 +36,9 @@ Papers
     [11] Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484
     [12] Peng et al. 2025, RWKV-7 "Goose" with Expressive Dynamic State Evolution, arXiv 2503.14456
     [13] Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon
+    [14] Barber, Agakov 2003, The IM Algorithm: A Variational Approach to Information Maximization, NIPS
+    [15] Paninski 2003, Estimation of Entropy and Mutual Information (Miller-Madow), Neural Computation 15
+    [16] Ross 2014, Mutual Information between Discrete and Continuous Data Sets, PLoS ONE 9
 """
 from __future__ import annotations
 
@@ -42,6 +48,7 @@ import datetime
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -68,7 +75,7 @@ try:
 except ImportError:  # the name before transformers 5.1
     from transformers import PretrainedConfig as PreTrainedConfig
 
-__version__ = "14.4.0"
+__version__ = "15.0.0"
 
 
 # ======================================================================================================
@@ -76,7 +83,7 @@ __version__ = "14.4.0"
 # ======================================================================================================
 
 ESTIMATORS = ("identity", "normalised", "clipped")
-THRESHOLDS = ("token", "channel", "mixed")
+THRESHOLDS = ("token", "channel", "mixed", "mixed_fixed")
 GRANULARITIES = ("scalar", "channel")
 STATES = ("vector", "matrix", "delta")
 OPTIMIZERS = ("adamw", "muon")
@@ -108,7 +115,7 @@ def import_optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = name.split(".")[0]
+        package = {"sklearn": "scikit-learn"}.get(name.split(".")[0], name.split(".")[0])
         raise ImportError(f"{package} is needed here and is not installed: pip install {package}.") from error
 
 
@@ -649,7 +656,8 @@ class TernarySpike(nn.Module):
 
     The mean is over the channels of one token (`token`), over one channel's tokens so far (`channel`), or the
     geometric mean of both (`mixed`). The channel mean starts as PRIOR tokens' worth of the token mean, so that the
-    first tokens can fire, and sees neither the future nor other sequences. alpha and amplitude are one scalar or one
+    first tokens can fire, and sees neither the future nor other sequences; `mixed_fixed` takes channel means that were
+    calibrated once, which needs no memory of the tokens before. alpha and amplitude are one scalar or one
     per channel. `dense` returns amplitude * x: the twin without spikes.
     """
 
@@ -668,6 +676,8 @@ class TernarySpike(nn.Module):
         size = d_model if granularity == "channel" else 1
         self.alpha = nn.Parameter(torch.full((size,), float(alpha_init)))
         self.amplitude = nn.Parameter(torch.full((size,), float(amplitude_init)))
+        if threshold == "mixed_fixed":
+            self.register_buffer("channel_mean", torch.ones(d_model))
         self.alpha.requires_grad_(kind != "dense")  # the twin has no threshold; several processes wait for gradients
         self.spikes = nn.Identity()  # all spikes pass through here: where they are observed and replaced
 
@@ -679,6 +689,8 @@ class TernarySpike(nn.Module):
         alpha = self.alpha.float().abs()  # reflected at zero: a threshold is not negative
         if self.threshold == "token":
             return alpha * token_mean, None
+        if self.threshold == "mixed_fixed":
+            return alpha * (self.channel_mean.float() * token_mean).sqrt(), None
         if mask is not None:
             magnitude = magnitude * mask.unsqueeze(-1)  # (B, T, D)
         weight = torch.ones_like(token_mean) if mask is None else mask.unsqueeze(-1).float()  # (B, T, 1)
@@ -688,6 +700,12 @@ class TernarySpike(nn.Module):
         channel_mean = (self.PRIOR * token_mean + total) / (self.PRIOR + count)  # (B, T, D)
         mean = channel_mean if self.threshold == "channel" else (channel_mean * token_mean).sqrt()
         return alpha * mean, SpikeStatistics(total[:, -1], count[:, -1])
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Sets the channel means of threshold `mixed_fixed` from a batch x (..., D)."""
+        if self.threshold == "mixed_fixed":
+            self.channel_mean.copy_(x.detach().float().abs().reshape(-1, x.shape[-1]).mean(0))
 
     def encode(self, x: Tensor, mask: Tensor | None = None,
                past: SpikeStatistics | None = None) -> tuple[Tensor, SpikeStatistics | None]:
@@ -1211,6 +1229,8 @@ class GoosePreTrainedModel(PreTrainedModel):
         elif isinstance(module, TernarySpike):
             nn.init.constant_(module.alpha, module.alpha_init)
             nn.init.constant_(module.amplitude, module.amplitude_init)
+            if module.threshold == "mixed_fixed":
+                nn.init.ones_(module.channel_mean)
         elif isinstance(module, SpikeEncoder):
             nn.init.zeros_(module.centre)
             nn.init.ones_(module.alpha)
@@ -1597,22 +1617,6 @@ def linear_cka(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
         return (x.t() @ y).square().sum() / ((x.t() @ x).norm() * (y.t() @ y).norm()).clamp_min(1e-20)
 
 
-class MinibatchCKA:
-    """Unbiased CKA over many batches: HSIC terms are averaged before the ratio is taken [8]."""
-
-    def __init__(self):
-        self.sums = torch.zeros(3, dtype=torch.float64)
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Adds a batch: x (n, d1), y (n, d2), n >= 4."""
-        self.sums += torch.stack([unbiased_hsic(a, b).double().cpu() for a, b in ((x, y), (x, x), (y, y))])
-
-    def compute(self) -> float:
-        """CKA of all batches so far."""
-        xy, xx, yy = self.sums.tolist()
-        return xy / math.sqrt(max(xx * yy, 1e-20))
-
-
 def span_ends(n_student: int, n_teacher: int) -> tuple[int, ...]:
     """The last teacher layer, from 0, of the span that each student layer stands for: (1, 3, 5) for 3 and 6,
     (2, 4, 7, 9, 11) for 5 and 12. Raises ValueError for a student deeper than the teacher."""
@@ -1871,16 +1875,17 @@ def input_roots() -> list[Path]:
     return [p for p in (*given, Path("/kaggle/input")) if p.is_dir()]
 
 
-def find_attached(accept: Callable[[Path], bool], depth: int = 7) -> Path | None:
-    """The first folder below the input roots that `accept` takes, shallow ones first; inputs appear at changing
-    depths."""
+def attached_folders(depth: int = 7) -> Iterator[Path]:
+    """The folders below the input roots, shallow ones first; inputs appear at changing depths."""
     level = input_roots()
     for _ in range(depth):
-        found = next((folder for folder in sorted(level) if accept(folder)), None)
-        if found:
-            return found
+        yield from sorted(level)
         level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
-    return None
+
+
+def find_attached(accept: Callable[[Path], bool]) -> Path | None:
+    """The first attached folder that `accept` takes."""
+    return next(filter(accept, attached_folders()), None)
 
 
 def write_atomically(path: Path, content: str | Callable[[Any], Any]) -> None:
@@ -2735,24 +2740,37 @@ def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
     return {**found, "head_in": head} if isinstance(head, SpikeEncoder) else found
 
 
+@contextlib.contextmanager
+def spike_hooks(student: nn.Module, function: Callable[[str, Tensor], Tensor | None],
+                names: Iterable[str] | None = None) -> Iterator[None]:
+    """Calls function("layer.site", spikes (B, T, C)) wherever a site fires, or those in `names`; what it returns takes
+    the spikes' place, unless that is None. The hooks go with the block, whatever is raised in it.
+
+    Raises ValueError for a site that does not exist.
+    """
+    modules = spike_modules(student)
+    chosen = list(modules) if names is None else list(names)
+    for name in chosen:
+        require(name in modules, "spike site", name, ", ".join(modules) or "none: the student has no spikes")
+    handles = [modules[name].spikes.register_forward_hook(lambda _m, _i, spikes, name=name: function(name, spikes))
+               for name in chosen]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
     """{"layer.site": share of non-zero spikes} over the tokens of input_ids (B, T)."""
     density: dict[str, float] = {}
-
-    def hook(name):
-        def count(_module, _inputs, output):
-            density[name] = float((output != 0).float().mean())
-        return count
-
-    handles = [m.spikes.register_forward_hook(hook(name)) for name, m in spike_modules(student).items()]
     training = student.training
     try:
-        student.eval().base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
+        with spike_hooks(student, lambda name, spikes: density.update({name: float((spikes != 0).float().mean())})):
+            student.eval().base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
     finally:
         student.train(training)
-        for handle in handles:
-            handle.remove()
     return density
 
 
@@ -2867,9 +2885,10 @@ def transfer_weights(student: GooseForCausalLM, teacher: nn.Module, layers: Iter
 
 @torch.no_grad()
 def calibrate_encoders(student: nn.Module, input_ids: Tensor) -> int:
-    """Calibrates every SpikeEncoder on input_ids (B, T), each on what the calibrated ones before it pass on. Returns
-    how many there are."""
-    encoders = [m for m in student.modules() if isinstance(m, SpikeEncoder) and m.kind != "dense"]
+    """Calibrates every SpikeEncoder, and every threshold that needs it, on input_ids (B, T), each on what the calibrated
+    ones before it pass on. Returns how many there are."""
+    encoders = [m for m in student.modules() if isinstance(m, SpikeEncoder) and m.kind != "dense"
+                or isinstance(m, TernarySpike) and m.kind != "dense" and m.threshold == "mixed_fixed"]
     handles = [m.register_forward_pre_hook(lambda module, args: module.calibrate(args[0])) for m in encoders]
     try:
         student.base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
@@ -2904,7 +2923,7 @@ def build_student(recipe: Recipe, teacher: Teacher, seed: int | None = None,
             if positions is not None:
                 rows = min(len(positions.weight), len(student.goose.positions.weight))
                 student.goose.positions.weight[:rows] = positions.weight[:rows]
-    if set(recipe.spike_sites) - {"k", "v"} and recipe.spike_kind != "dense":
+    if (set(recipe.spike_sites) - {"k", "v"} or recipe.threshold == "mixed_fixed") and recipe.spike_kind != "dense":
         require(calibration is not None, "calibration", calibration, "a batch of token ids, for the spike encoders")
         calibrate_encoders(student, calibration)
     return student
@@ -3033,6 +3052,1130 @@ def distil(task: Task, recipe: Recipe, config: FitConfig, folder: Path | None = 
 
 
 # ======================================================================================================
+# 8  SpikingBrain
+# ======================================================================================================
+#
+# Do the spikes carry information about the teacher's representation? Three estimators that can say no, the gate over
+# them, interventions as causal evidence, and a remedy. n tokens, C channels of a site, K values a spike can take.
+
+GATE = {"dead channels": 0.05, "saturated channels": 0.10, "firing rate": (0.2, 0.6), "mutual information": 0.1,
+        "CKA": 0.3, "PPL rise": 0.02}
+LOCKED_EVENTS = 20  # a channel with fewer spikes may show one sign by chance
+
+
+def wilson_interval(count: np.ndarray | float, n: float, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % score interval of a proportion count / n; (0, 1) where n is 0."""
+    if not n:
+        return np.zeros_like(count, float), np.ones_like(count, float)
+    share = np.asarray(count, float) / n
+    centre, half = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (np.maximum((centre - half) / (1 + z * z / n), 0.0), np.minimum((centre + half) / (1 + z * z / n), 1.0))
+
+
+def bootstrap_interval(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+                       draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile 95 % interval of a function of column means. rows (m, k): m independent units, windows or minibatches
+    and not tokens, which depend on each other; statistic maps means (draws, k) to (draws,), by default the first."""
+    rows = np.asarray(rows, float).reshape(len(rows), -1)
+    m = len(rows)
+    means = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), draws) @ rows / m  # (draws, k)
+    low, high = np.quantile(means[:, 0] if statistic is None else statistic(means), (0.025, 0.975))
+    return float(low), float(high)
+
+
+class SpikeCapture:
+    """The spikes of a student while a block runs, in train or eval mode, at every site or those in `names`:
+
+        with SpikeCapture(student, max_tokens) as capture:
+            student(input_ids)
+        capture.spikes()["0.k"]  # (n, C) int8; floats for a dense twin
+
+    Of each site at most `max_tokens` tokens are kept, the first ones. No hook is left behind, whatever is raised.
+    """
+
+    def __init__(self, student: nn.Module, max_tokens: int = 32_768, names: Iterable[str] | None = None):
+        require(max_tokens >= 1, "max_tokens", max_tokens, "a whole number from 1")
+        self.student, self.max_tokens, self.names = student, max_tokens, names
+        self._parts: dict[str, list[Tensor]] = {}
+        self._hooks = contextlib.ExitStack()
+
+    def _keep(self, name: str, spikes: Tensor) -> None:
+        parts = self._parts.setdefault(name, [])
+        room = self.max_tokens - sum(len(part) for part in parts)
+        if room > 0:
+            kept = spikes.detach().flatten(0, -2)[:room]  # (tokens, C)
+            dense = self.student.config.spike_kind == "dense"
+            parts.append((kept.float() if dense else kept.to(torch.int8)).cpu())
+
+    def __enter__(self) -> SpikeCapture:
+        self._hooks.enter_context(spike_hooks(self.student, self._keep, self.names))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.close()
+
+    def spikes(self) -> dict[str, Tensor]:
+        """{"layer.site": (n, C)} of what was kept, in the order in which it fired."""
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}
+
+
+class SpikeRecord(NamedTuple):
+    """Spikes and teacher states of the same n tokens, on the CPU."""
+
+    spikes: dict[str, Tensor]  # {"layer.site": (n, C) int8}
+    hidden: dict[int, Tensor]  # {teacher layer: (n, D) fp32}, outputs of its blocks
+    window: Tensor  # (n,) the sequence a token is of
+    position: Tensor  # (n,) its place there
+    next_token: Tensor  # (n,) the token after it, -1 at the end of a sequence
+    control: dict[str, Tensor]  # spikes of the same student, untrained
+    levels: dict[str, int]  # {"layer.site": events a unit can fire at most}
+
+    def select(self, keep: Tensor) -> SpikeRecord:
+        """The tokens where keep (n,) is True."""
+        pick = lambda item: {k: v[keep] for k, v in item.items()} if isinstance(item, dict) else item[keep]  # noqa: E731
+        return SpikeRecord(*(pick(item) for item in self[:-1]), self.levels)
+
+
+def batch_of(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """(input_ids (B, T), attention_mask or None) of what a loader yields: ids, a dict, or a tuple with the ids first."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if hasattr(batch, "keys"):
+        return batch["input_ids"], batch.get("attention_mask")
+    return batch[0], None
+
+
+def untrained_copy(student: GooseForCausalLM, input_ids: Tensor, seed: int = 0) -> GooseForCausalLM:
+    """A student of the same configuration with random weights, its encoders calibrated: the control."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        control = GooseForCausalLM(student.config)
+    control = control.to(next(student.parameters()).device).eval()
+    calibrate_encoders(control, input_ids)
+    return control
+
+
+@torch.no_grad()
+def record_spikes(student: GooseForCausalLM, teacher: nn.Module, loader: Iterable[Any], max_batches: int | None = None,
+                  max_tokens: int = 20_480, control: bool = True, seed: int = 0, progress: bool = True) -> SpikeRecord:
+    """Runs student, teacher and an untrained control over batches of a loader (see `batch_of`), until `max_batches` or
+    `max_tokens`; padding is left out.
+
+    Raises ValueError for a dense twin, which has no spikes, and for a loader without a batch.
+    """
+    require(student.config.spike_kind != "dense", "spike_kind", "dense", "a student with spikes")
+    layers, modes = range(len(transformer_blocks(teacher))), (student.training, teacher.training)
+    untrained, parts, windows, tokens = None, [], 0, 0
+    bar = import_optional("tqdm").tqdm(total=max_tokens, desc="recording spikes", unit="token", mininterval=1.0,
+                                       disable=not progress)
+    try:
+        student.eval()
+        teacher.eval()
+        for number, batch in enumerate(loader):
+            if tokens >= max_tokens or max_batches is not None and number >= max_batches:
+                break
+            ids, mask = batch_of(batch)
+            B, T = ids.shape
+            real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.bool().cpu()
+            if control and untrained is None:
+                untrained = untrained_copy(student, ids, seed)
+            found = []
+            for model in (student, untrained)[:1 + control]:
+                where = next(model.parameters()).device
+                with SpikeCapture(model, B * T) as capture:
+                    model.base_model(ids.to(where), None if mask is None else mask.to(where), use_cache=False)
+                found.append(capture.spikes())
+            where = next(teacher.parameters()).device
+            with capture_blocks(teacher, layers) as blocks:
+                extra = {} if mask is None else {  # GPT-2 counts positions from the start of the row, pads included
+                    "attention_mask": mask.to(where), "position_ids": (mask.to(where).cumsum(1) - 1).clamp_min(0)}
+                teacher.base_model(ids.to(where), use_cache=False, **extra)
+            following = torch.full((B, T), -1)
+            following[:, :-1] = torch.where(real[:, 1:], ids[:, 1:].cpu(), -1)
+            index = torch.arange(windows, windows + B).unsqueeze(1).expand(B, T)
+            place = real.long().cumsum(1) - 1
+            keep = real.flatten()
+            part = SpikeRecord(found[0], {t: blocks[t][1].flatten(0, 1).float().cpu() for t in layers}, index.flatten(),
+                               place.flatten(), following.flatten(), found[1] if control else {}, {}).select(keep)
+            parts.append(part.select(torch.arange(len(part.window)) < max_tokens - tokens))
+            windows, tokens = windows + B, tokens + len(parts[-1].window)
+            bar.update(len(parts[-1].window))
+    finally:
+        bar.close()
+        student.train(modes[0])
+        teacher.train(modes[1])
+    require(bool(parts), "loader", "empty", "at least one batch")
+    join = lambda items: ({k: torch.cat([i[k] for i in items]) for k in items[0]}  # noqa: E731
+                          if isinstance(items[0], dict) else torch.cat(items))
+    levels = {name: module.levels for name, module in spike_modules(student).items()}
+    return SpikeRecord(*(join(items) for items in list(zip(*parts))[:-1]), levels)
+
+
+def entropy_bits(counts: np.ndarray) -> np.ndarray:
+    """Plug-in entropy in bits over the last axis of counts (..., K)."""
+    p = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    return -np.sum(np.where(p > 0, p * np.log2(np.maximum(p, 1e-300)), 0.0), -1)
+
+
+class SpikeHealthChecker:
+    """Which channels fire, how often, with which sign, and how many of them say different things."""
+
+    MAX_CORRELATED = 1024  # channels in the covariance, evenly spaced
+
+    def check(self, spikes: Tensor, window: Tensor, position: Tensor, levels: int = 1) -> dict[str, Any]:
+        """spikes (n, C) int8, window and position (n,) -> measures of the site.
+
+        Shares of channels and the rate of each channel have Wilson intervals, the site's firing rate one by bootstrap
+        over windows, for tokens depend on each other. `entropy` is in bits per channel, `entropy share` relative to
+        log2(2 levels + 1), 1.585 for ternary; `participation ratio` is (tr Cov)^2 / tr Cov^2, the number of channels
+        that an equally rich code of independent ones would have, `correlation` the mean |r| of pairs of channels.
+        Arrays: rate (C,), rate interval (C, 2), entropies (C,), by position (T,).
+        """
+        n, C = spikes.shape
+        counts = np.stack([(spikes == value).sum(0).numpy() for value in range(-levels, levels + 1)], -1)  # (C, K)
+        fired, positive = n - counts[:, levels], counts[:, levels + 1:].sum(-1)
+        locked = (fired >= LOCKED_EVENTS) & ((positive == 0) | (positive == fired))
+        fires = (spikes != 0).float()
+        by_window = np.array([float(fires[window == w].mean()) for w in window.unique()])
+        length = int(position.max()) + 1
+        at = torch.zeros(length).index_add_(0, position, fires.mean(1))
+        entropies = entropy_bits(counts)
+        chosen = spikes[:, ::-(-C // self.MAX_CORRELATED)].float()
+        covariance = torch.cov(chosen.t()).reshape(chosen.shape[1], -1)  # (C', C')
+        spread = covariance.diagonal().clamp_min(0).sqrt()
+        active = spread > 0
+        r = (covariance / (spread.unsqueeze(0) * spread.unsqueeze(1)).clamp_min(1e-12))[active][:, active].abs()
+        pairs = r.numel() - len(r)
+        result = {"channels": C, "tokens": n}
+        for name, which in (("dead channels", fired == 0), ("saturated channels", fired == n),
+                            ("sign-locked channels", locked)):
+            low, high = wilson_interval(int(which.sum()), C)
+            result |= {name: float(which.mean()), f"{name} interval": (float(low), float(high))}
+        return result | {
+            "firing rate": float(fires.mean()), "firing rate interval": bootstrap_interval(by_window),
+            "entropy": float(entropies.mean()), "entropy share": float(entropies.mean() / math.log2(2 * levels + 1)),
+            "correlation": float((r.sum() - len(r)) / pairs) if pairs else math.nan,
+            "participation ratio": float(covariance.trace() ** 2 / covariance.square().sum().clamp_min(1e-12)),
+            "rate": fired / n, "rate interval": np.stack(wilson_interval(fired, n), -1), "entropies": entropies,
+            "by position": (at / torch.bincount(position, minlength=length).clamp_min(1)).numpy()}
+
+
+def whitened_components(hidden: Tensor, components: int) -> Tensor:
+    """The first principal components of hidden (n, D), each scaled to variance 1: (n, components)."""
+    x = hidden.float() - hidden.float().mean(0)
+    values, vectors = torch.linalg.eigh(x.t() @ x / len(x))  # ascending
+    kept = min(components, int((values > 1e-6 * values[-1].clamp_min(1e-20)).sum()))
+    return x @ (vectors[:, -kept:].flip(1) / values[-kept:].flip(0).sqrt()) if kept else x[:, :0]
+
+
+def miller_madow(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(plug-in, Miller-Madow) mutual information in bits of contingency tables counts (..., R, S) [15]: the second one
+    less (occupied cells - rows - columns + 1) / (2 n ln 2), the first order of the bias."""
+    n = np.maximum(counts.sum((-2, -1)), 1)
+    rows, columns, cells = counts.sum(-1), counts.sum(-2), counts.reshape(*counts.shape[:-2], -1)
+    plain = entropy_bits(rows) + entropy_bits(columns) - entropy_bits(cells)
+    occupied = (cells > 0).sum(-1) - (rows > 0).sum(-1) - (columns > 0).sum(-1) + 1
+    return plain, plain - occupied / (2 * n * math.log(2))
+
+
+class MutualInformationEstimator:
+    """I(spike of a channel; teacher state) in bits, from below.
+
+    `probe`: H(S) - CE, the cross-entropy of a held-out multinomial logistic regression on the teacher's principal
+    components, is at most the mutual information, up to sampling error, for any probe [14]. It is cross-fitted on
+    blocks of windows: every token is predicted by a probe that saw none of its block. A p-value says how often the
+    fitted probe does as well on spikes of other tokens, the larger one of two nulls: circular shifts of the token axis,
+    which keep the autocorrelation, and exchanged windows, which keep the position in the window as well, for a spike
+    that knows nothing but its position is no evidence. Probes fitted anew to shifted spikes say what the estimator
+    returns where there is nothing.
+    `plug_in`: Miller-Madow on quantile bins, as a second opinion.
+    """
+
+    def __init__(self, components: int = 64, folds: int = 2, iterations: int = 50, ridge: float = 1.0,
+                 shifts: int = 999, refits: int = 100, bins: int = 16, seed: int = 0):
+        for name, value, least in (("components", components, 1), ("folds", folds, 2), ("iterations", iterations, 1),
+                                   ("shifts", shifts, 100), ("refits", refits, 0), ("bins", bins, 2)):
+            require(isinstance(value, int) and value >= least, name, value, f"a whole number from {least}")
+        self.components, self.folds, self.iterations, self.ridge = components, folds, iterations, ridge
+        self.shifts, self.refits, self.bins, self.seed = shifts, refits, bins, seed
+
+    def blocks(self, window: Tensor) -> Tensor:
+        """(n,) the fold of each token: contiguous blocks of windows, so that one text stays on one side."""
+        order = window.unique().tolist()
+        require(len(order) >= self.folds, "windows", len(order), f"at least the {self.folds} folds")
+        fold = {w: i * self.folds // len(order) for i, w in enumerate(order)}
+        return torch.tensor([fold[w] for w in window.tolist()])
+
+    def fit(self, features: Tensor, target: Tensor, K: int) -> Tensor:
+        """Weights (p + 1, C, K - 1) of C regressions that share features (n, p), targets (n, C) in 0 .. K-1, class 0
+        the reference. Nesterov's method; features have variance 1, so that 1/2 bounds the curvature (Boehning 1992)."""
+        n, C = target.shape
+        X = torch.cat((features, torch.ones(n, 1, device=features.device)), 1)  # (n, p + 1)
+        Y = torch.cat([(target == k).float() for k in range(1, K)], 1)  # (n, (K-1) C)
+        shrink = torch.full((X.shape[1], 1), self.ridge / n, device=X.device)
+        shrink[-1] = 0
+        W = torch.zeros(X.shape[1], Y.shape[1], device=X.device)
+        # One regressor's scale is 1, but a few carry outliers: the largest eigenvalue is what counts.
+        step = 1.0 / (0.5 * float(torch.linalg.matrix_norm(X.t() @ X / n, 2)) + self.ridge / n)
+        look, previous = W, W
+        for i in range(self.iterations):
+            odds = (X @ look).clamp_(max=30.0).exp_().view(n, K - 1, C)
+            p = odds.div_(1 + odds.sum(1, keepdim=True)).view(n, -1)
+            W = look - step * (X.t() @ p.sub_(Y) / n + shrink * look)
+            look, previous = W + i / (i + 3) * (W - previous), W
+        return W.view(-1, K - 1, C).transpose(1, 2)
+
+    def log_probabilities(self, features: Tensor, target: Tensor, K: int, fold: Tensor) -> Tensor:
+        """log2 q(s | features), (n, C, K), each token's by the probe of the other folds."""
+        n, C = target.shape
+        out = torch.empty(n, C, K)
+        for f in fold.unique().tolist():
+            inside = (fold == f).to(features.device)
+            W = self.fit(features[~inside], target[~inside], K)
+            x = features[inside]
+            logits = (x @ W[:-1].flatten(1) + W[-1].flatten()).view(len(x), C, K - 1)
+            logits = torch.cat((torch.zeros_like(logits[..., :1]), logits), -1)
+            out[inside.cpu()] = (F.log_softmax(logits, -1) / math.log(2)).cpu()
+        return out
+
+    def _gain(self, log_q: Tensor, target: Tensor) -> Tensor:
+        """log2 q(s | x) - log2 p(s) for each token and channel, (n, C); its mean is H(S) - CE."""
+        chosen = log_q.gather(-1, target.cpu().long().unsqueeze(-1)).squeeze(-1)
+        return chosen - self._log_frequency(target.cpu(), log_q.shape[-1])
+
+    @staticmethod
+    def _log_frequency(target: Tensor, K: int) -> Tensor:
+        share = torch.stack([(target == k).float().mean(0) for k in range(K)], -1)  # (C, K)
+        return share.clamp_min(1e-12).log2().gather(1, target.long().t()).t()
+
+    def probe(self, features: Tensor, spikes: Tensor, window: Tensor, levels: int = 1) -> dict[str, Any]:
+        """features (n, p) of variance 1, spikes (n, C) -> {"bits" (C,), "p" (C,), "q" (C,) after Benjamini-Hochberg,
+        "mean", "interval" by bootstrap over windows, "mean p", "null" (refits,), "null mean", "null high" (95 %)}."""
+        n, C = spikes.shape
+        K, fold = 2 * levels + 1, self.blocks(window)
+        # Enough tokens for each weight of the probe, or it learns the noise.
+        p = max(1, min(features.shape[1], int((fold != 0).sum()) // 20))
+        features, target = features[:, :p], (spikes.int() + levels).to(features.device)
+        rng = np.random.default_rng(self.seed)
+        away = max(1, min(n // 4, 2 * n // len(window.unique())))  # two windows: beyond the autocorrelation
+        lags = rng.integers(away, n - away + 1, self.refits)
+        length = len(window) // len(window.unique())
+        if len(window) == length * len(window.unique()):  # every other one to another window, at the same position
+            lags[::2] = np.maximum(1, lags[::2] // length) * length
+        null = torch.stack([target[:, i % C].roll(int(lag)) for i, lag in enumerate(lags)], 1) if self.refits else None
+        both = target if null is None else torch.cat((target, null), 1)
+        gain, log_q = [], []
+        for start in range(0, both.shape[1], 256):  # bounds the memory: (n, 256, K)
+            part = both[:, start:start + 256]
+            log_q.append(self.log_probabilities(features, part, K, fold))
+            gain.append(self._gain(log_q[-1], part))
+        gain, log_q = torch.cat(gain, 1), torch.cat(log_q, 1)[:, :C]
+        bits, null_bits = gain.mean(0)[:C].numpy(), gain.mean(0)[C:].numpy()
+        nulls = [self._shifted(log_q, target.cpu(), away), self._exchanged(log_q, target.cpu(), window)]  # (shifts, C)
+        p_value = np.max([(1 + (gains >= bits).sum(0)) / (1 + len(gains)) for gains in nulls], 0)
+        p_value[(target == target[:1]).all(0).cpu().numpy()] = 1.0  # always the same: all shifts are equal but for rounding
+        mean_p = max(float((1 + (gains.mean(1) >= bits.mean()).sum()) / (1 + len(gains))) for gains in nulls)
+        by_window = np.array([float(gain[window == w, :C].mean()) for w in window.unique()])
+        high = float(np.quantile(null_bits, 0.95)) if self.refits else math.nan
+        return {"bits": bits, "p": p_value, "q": import_optional("scipy.stats").false_discovery_control(p_value),
+                "mean": float(bits.mean()), "interval": bootstrap_interval(by_window),
+                "mean p": mean_p,
+                "null": null_bits, "null mean": float(null_bits.mean()) if self.refits else math.nan, "null high": high}
+
+    def _shifted(self, log_q: Tensor, target: Tensor, away: int) -> np.ndarray:
+        """Mean gain (shifts, C) of fixed predictions against circularly shifted spikes, all lags at once by FFT."""
+        n, C, K = log_q.shape
+        lags = np.unique(np.linspace(away, n - away, min(self.shifts, n - 2 * away + 1)).astype(int))
+        constant = (log_q[..., 0].mean(0) - self._log_frequency(target, K).mean(0)).numpy()  # (C,)
+        out = np.empty((len(lags), C))
+        for start in range(0, C, 64):
+            part = slice(start, start + 64)
+            total = 0
+            for k in range(1, K):
+                ratio = torch.fft.rfft(log_q[:, part, k] - log_q[:, part, 0], dim=0)
+                total = total + ratio * torch.fft.rfft((target[:, part] == k).float(), dim=0).conj()
+            out[:, part] = torch.fft.irfft(total, n, dim=0)[lags].numpy() / n + constant[part]
+        return out
+
+    def _exchanged(self, log_q: Tensor, target: Tensor, window: Tensor) -> np.ndarray:
+        """Mean gain (shifts, C) of fixed predictions against the spikes of other windows at the same positions: random
+        permutations of the windows, from the score of every pair of windows. Windows are cut to their median length, and
+        shorter ones, such as a last one that was cut off, left out."""
+        C, K = target.shape[1], log_q.shape[-1]
+        rows = [torch.where(window == w)[0] for w in window.unique()]
+        length = sorted(map(len, rows))[(len(rows) - 1) // 2]
+        rows = [row[:length] for row in rows if len(row) >= length]
+        index = torch.stack(rows)  # (W, T)
+        constant = (log_q[index][..., 0].sum((0, 1)) - self._log_frequency(target, K)[index].sum((0, 1))).numpy()
+        score = torch.zeros(C, len(rows), len(rows))
+        for k in range(1, K):
+            ratio = (log_q[..., k] - log_q[..., 0])[index].permute(2, 0, 1)  # (C, W, T)
+            score += ratio @ (target[index] == k).float().permute(2, 1, 0)
+        rng, score = np.random.default_rng(self.seed), score.numpy()
+        here, out = np.arange(len(rows)), np.empty((self.shifts, C))
+        for i in range(self.shifts):
+            order = rng.permutation(len(rows))
+            cycle = np.empty_like(order)
+            cycle[order] = np.roll(order, 1)  # one cycle through all windows: none meets itself
+            out[i] = (score[:, here, cycle].sum(1) + constant) / index.numel()
+        return out
+
+    def plug_in(self, features: Tensor, spikes: Tensor, window: Tensor, levels: int = 1, shifts: int = 100,
+                components: int = 4, null_channels: int = 32) -> dict[str, Any]:
+        """Miller-Madow estimate (C,) on quantile bins of one component per channel, bins and choice of the component
+        from the other half of the tokens; {"bits", "mean", "null mean", "null high"}, the null of `shifts` circular
+        shifts, on at most `null_channels` channels."""
+        K, fold = 2 * levels + 1, self.blocks(window) % 2
+        x, s = features[:, :components].cpu(), spikes.cpu().int() + levels
+        n, C = s.shape
+        codes = torch.empty(n, x.shape[1], dtype=torch.long)
+        for f in (0, 1):
+            edges = torch.quantile(x[fold != f][:200_000], torch.linspace(0, 1, self.bins + 1)[1:-1], dim=0)
+            codes[fold == f] = torch.stack([torch.bucketize(x[fold == f][:, j].contiguous(), edges[:, j].contiguous())
+                                            for j in range(x.shape[1])], 1)
+        onehot = F.one_hot(codes, self.bins).flatten(1).float()  # (n, P R)
+
+        def information(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+            tables = []
+            for f in (0, 1):
+                rows, part = onehot[fold == f], values[fold == f]
+                cells = torch.stack([rows.t() @ (part == k).float() for k in range(K)], -1)  # (P R, C', K)
+                tables.append(cells.view(x.shape[1], self.bins, -1, K).permute(2, 0, 1, 3).double().numpy())
+            held_out = [miller_madow(table) for table in tables]  # (C', P) each, plain and corrected
+            pick = [held_out[1 - f][0].argmax(1)[:, None] for f in (0, 1)]
+            return tuple(np.mean([np.take_along_axis(held_out[f][i], pick[f], 1)[:, 0] for f in (0, 1)], 0)
+                         for i in (0, 1))
+
+        plain, bits = information(s)
+        some = s[:, np.linspace(0, C - 1, min(C, null_channels)).astype(int)]
+        away = max(1, min(n // 4, 2 * n // len(window.unique())))
+        lags = np.random.default_rng(self.seed).integers(away, n - away + 1, shifts)
+        null = np.stack([information(some.roll(int(lag), 0))[1].mean() for lag in lags])
+        return {"bits": bits, "plain": plain, "mean": float(bits.mean()), "null mean": float(null.mean()),
+                "null high": float(np.quantile(null, 0.95))}
+
+    def founders(self, features: Tensor, spikes: Tensor, levels: int = 1, tokens: int = 128,
+                 bins: int = 20) -> tuple[float, float]:
+        """The founders' estimate, plain counts of 20 equal bins of one component over 128 tokens, mean over channels
+        in bits, and what the same formula gives for spikes of other tokens."""
+        x, s = features[:tokens, 0].cpu().numpy(), spikes[:tokens].cpu().numpy()
+        other = spikes[-tokens:].cpu().numpy()
+        edges, values = np.histogram_bin_edges(x, bins), np.arange(-levels, levels + 2) - 0.5
+        mean = lambda part: float(np.mean([miller_madow(np.histogram2d(x, column, (edges, values))[0])[0]  # noqa: E731
+                                           for column in part.T]))
+        return mean(s), mean(other)
+
+    def ksg(self, features: Tensor, spikes: Tensor, components: int = 4, channels: int = 8,
+            tokens: int = 4000) -> float:
+        """Nearest-neighbour estimate of scikit-learn [16], bits per channel: the best of the first components, mean over
+        a few channels. Its choice of the best is not held out; the bias is of order 0.01 bit at 4,000 tokens."""
+        estimate = import_optional("sklearn.feature_selection").mutual_info_classif
+        rows = np.linspace(0, len(spikes) - 1, min(len(spikes), tokens)).astype(int)
+        columns = np.linspace(0, spikes.shape[1] - 1, min(spikes.shape[1], channels)).astype(int)
+        x = features[rows, :components].cpu().numpy()
+        best = [estimate(x, spikes[rows, c].cpu().numpy(), random_state=self.seed).max() for c in columns]
+        return float(np.mean(best) / math.log(2))
+
+    def next_token(self, hidden: Tensor, embedded: Tensor, spikes: Tensor, next_token: Tensor, window: Tensor,
+                   levels: int = 1, channels: int = 32) -> dict[str, Any]:
+        """What spikes tell of the token to come, bits per channel, by the same probe on embedded (n, p), components of
+        the next token's embedding.
+
+        `next token`: I(spike; token) from below. `beyond teacher`: how much better the probe on teacher state and token
+        is than the one on the teacher state alone, with its 95 % interval over windows; an estimate of
+        I(spike; token | teacher state) and no bound, for both probes are imperfect. `beyond teacher null`: the same for
+        tokens shifted circularly, what the additional weights cost.
+        """
+        known = next_token >= 0
+        columns = np.linspace(0, spikes.shape[1] - 1, min(spikes.shape[1], channels)).astype(int)
+        s, where, K = spikes[known][:, columns].int() + levels, window[known], 2 * levels + 1
+        x, e, fold = hidden[known.to(hidden.device)], embedded[known.to(embedded.device)], self.blocks(where)
+        least = max(1, int((fold != 0).sum()) // 40)
+        x, e, s = x[:, :least], e[:, :least], s.to(hidden.device)
+        inputs = {"token": e, "state": x, "both": torch.cat((x, e), 1), "null": torch.cat((x, e.roll(len(e) // 2, 0)), 1)}
+        gain = {name: self._gain(self.log_probabilities(part, s, K, fold), s).mean(1) for name, part in inputs.items()}
+        beyond = (gain["both"] - gain["state"]).numpy()
+        by_window = np.array([beyond[(where == w).numpy()].mean() for w in where.unique()])
+        return {"next token": float(gain["token"].mean()), "beyond teacher": float(beyond.mean()),
+                "beyond teacher interval": bootstrap_interval(by_window),
+                "beyond teacher null": float((gain["null"] - gain["state"]).mean())}
+
+
+def hsic_of_kernels(K: Tensor, L: Tensor) -> Tensor:
+    """Unbiased HSIC of every pair of kernels [7], K (a, n, n) and L (b, n, n) with zeros on their diagonals: (a, b)."""
+    n = K.shape[-1]
+    rows, columns = K.sum(-1), L.sum(-1)  # (a, n), (b, n)
+    total = K.flatten(1) @ L.flatten(1).t() + rows.sum(-1, keepdim=True) * columns.sum(-1) / ((n - 1) * (n - 2))
+    return (total - 2 / (n - 2) * rows @ columns.t()) / (n * (n - 3))
+
+
+def hsic_of_kernels_diagonal(K: Tensor) -> Tensor:
+    """Unbiased HSIC of each kernel (a, n, n) with itself: (a,)."""
+    return torch.cat([hsic_of_kernels(part, part).flatten() for part in K.split(1)])
+
+
+def cka_of_terms(terms: np.ndarray) -> np.ndarray:
+    """CKA of averaged HSIC terms (..., 3): xy, xx, yy. Averages come before the ratio [8]."""
+    xy, xx, yy = np.moveaxis(np.asarray(terms, float), -1, 0)
+    norm = np.sqrt(np.maximum(xx, 0) * np.maximum(yy, 0))
+    return np.where(norm > 1e-12, xy / np.maximum(norm, 1e-12), 0.0)
+
+
+def biased_noise_cka(n: int, d1: int, d2: int) -> float:
+    """What biased linear CKA gives for independent noise of d1 and d2 channels over n samples; d / (n + d) for d1 = d2."""
+    return math.sqrt(d1 * d2 / ((n + d1) * (n + d2)))
+
+
+class RepresentationAnalyzer:
+    """Unbiased minibatch linear CKA [6, 7, 8] of spikes and teacher states.
+
+    A minibatch is a run of whole windows of about `batch_tokens` tokens. Features are standardised over all tokens and
+    position 0 is left out by the caller; `raw` is the value without standardising. The interval is a bootstrap over
+    minibatches. The null pairs the spikes of each minibatch with the teacher's states of others: the states of other
+    sequences at the same positions, in every cyclic order of the minibatches and, inside, of their tokens by whole
+    and by random lags, `shifts` in all.
+    """
+
+    def __init__(self, batch_tokens: int = 512, shifts: int = 100, seed: int = 0):
+        require(batch_tokens >= 16, "batch_tokens", batch_tokens, "a whole number from 16")
+        require(shifts >= 20, "shifts", shifts, "a whole number from 20")
+        self.batch_tokens, self.shifts, self.seed = batch_tokens, shifts, seed
+
+    def minibatches(self, window: Tensor) -> list[Tensor]:
+        """Token indices of each minibatch; at least 20 of them where there are enough windows."""
+        names, inverse = window.unique(return_inverse=True)
+        wanted = min(self.batch_tokens, max(32, len(window) // 20))
+        per = max(1, round(wanted * len(names) / len(window)))
+        found = [torch.where((inverse >= i) & (inverse < i + per))[0] for i in range(0, len(names), per)]
+        return [part for part in found if len(part) >= 8]
+
+    @staticmethod
+    def _kernel(x: Tensor) -> Tensor:
+        x = x - x.mean(0)
+        return (x @ x.t()).fill_diagonal_(0)
+
+    @torch.no_grad()
+    def analyze(self, record: SpikeRecord, layer_of: dict[str, int], device: torch.device | str = "cpu",
+                progress: bool = True) -> dict[str, Any]:
+        """{"heat": (sites, teacher layers), "sites": {name: measures}} for the teacher layer of each site."""
+        names, layers = list(record.spikes), list(record.hidden)
+        batches = self.minibatches(record.window)
+        require(bool(batches), "tokens in a window", len(record.window), "at least 8")
+
+        def standard(x: Tensor) -> tuple[Tensor, Tensor]:
+            mean, std = x.mean(0), x.std(0)
+            return mean, torch.where(std > 1e-6, std, torch.inf)  # a channel without variance counts nothing
+
+        scales = {name: standard(record.spikes[name].float()) for name in names}
+        controls = {name: standard(spikes.float()) for name, spikes in record.control.items()}
+        teachers = {t: standard(hidden) for t, hidden in record.hidden.items()}
+        mapped = torch.tensor([layers.index(layer_of[name]) for name in names])
+        sums = {key: [] for key in ("heat", "x", "y", "raw", "control", "biased", "null")}
+        size = max(set(map(len, batches)), key=[len(rows) for rows in batches].count)
+        alike = [number for number, rows in enumerate(batches) if len(rows) == size]
+        states_of = {t: {b: self._kernel(((record.hidden[layers[t]][batches[b]] - teachers[layers[t]][0])
+                                          / teachers[layers[t]][1]).to(device)) for b in alike}
+                     for t in mapped.unique().tolist()}
+        # By whole windows first, where a minibatch holds several; then by any number of tokens.
+        length = int(torch.bincount(record.window[batches[alike[0]]]).max())
+        lags = np.random.default_rng(self.seed).integers(1, size, self.shifts + 2)
+        whole = min(size // length, len(lags))
+        lags[:whole] = np.arange(whole) * length
+        for number, rows in enumerate(import_optional("tqdm").tqdm(batches, desc="CKA", unit="minibatch", mininterval=1.0,
+                                                                   disable=not progress)):
+            get = lambda x, scale: ((x[rows].float() - scale[0]) / scale[1]).to(device)  # noqa: E731
+            X = torch.stack([self._kernel(get(record.spikes[name], scales[name])) for name in names])
+            Y = torch.stack([self._kernel(get(record.hidden[t], teachers[t])) for t in layers])
+            square = lambda K: hsic_of_kernels_diagonal(K).cpu()  # noqa: E731
+            sums["heat"].append(hsic_of_kernels(X, Y).cpu())
+            sums["x"].append(square(X))
+            sums["y"].append(square(Y))
+            plain = torch.stack([self._kernel(record.spikes[name][rows].float().to(device)) for name in names])
+            states = torch.stack([self._kernel(record.hidden[t][rows].to(device)) for t in layers])
+            pick = torch.arange(len(names)), mapped
+            sums["raw"].append(torch.stack((hsic_of_kernels(plain, states).cpu()[pick], square(plain),
+                                            square(states)[mapped]), -1))
+            if record.control:
+                Z = torch.stack([self._kernel(get(record.control[name], controls[name])) for name in names])
+                sums["control"].append(torch.stack((hsic_of_kernels(Z, Y).cpu()[pick], square(Z), square(Y)[mapped]), -1))
+            sums["biased"].append(torch.stack([linear_cka(get(record.spikes[name], scales[name]), get(
+                record.hidden[layer_of[name]], teachers[layer_of[name]]), unbiased=False).cpu() for name in names]))
+            if number not in alike:
+                continue
+            null, others = torch.empty(self.shifts, len(names)), len(alike) - 1
+            for t, kernels in states_of.items():
+                some = torch.where(mapped == t)[0]
+                for start in range(0, self.shifts, 25):  # bounds the memory: 25 shifted kernels
+                    turned = []
+                    for draw in range(start, min(start + 25, self.shifts)):
+                        turn, other = divmod(draw, others) if others else (draw + 1, -1)
+                        lag = int(lags[turn]) if turn else 0
+                        turned.append(kernels[alike[(alike.index(number) + 1 + other) % len(alike)]].roll((lag, lag), (0, 1)))
+                    null[start:start + 25, some] = hsic_of_kernels(X[some.to(X.device)], torch.stack(turned)).t().cpu()
+            sums["null"].append(null)
+        stack = {key: torch.stack(value).double().numpy() for key, value in sums.items() if value}
+        xx, yy = stack["x"], stack["y"]  # (batches, sites), (batches, layers)
+        mean = {key: value.mean(0) for key, value in stack.items()}
+        terms = lambda xy, i, t: np.stack((xy, np.broadcast_to(xx[:, i].mean(), xy.shape),  # noqa: E731
+                                           np.broadcast_to(yy[:, t].mean(), xy.shape)), -1)
+        sites = {}
+        for i, name in enumerate(names):
+            t = int(mapped[i])
+            by_batch = np.stack((stack["heat"][:, i, t], xx[:, i], yy[:, t]), -1)
+            value, null = float(cka_of_terms(by_batch.mean(0))), cka_of_terms(terms(mean["null"][:, i], i, t))
+            C, D = record.spikes[name].shape[1], record.hidden[layers[t]].shape[1]
+            sites[name] = {"CKA": value, "interval": bootstrap_interval(by_batch, cka_of_terms), "teacher layer": layers[t],
+                           "null mean": float(null.mean()), "null high": float(np.quantile(null, 0.95)),
+                           "p": float((1 + (null >= value).sum()) / (1 + len(null))),
+                           "control": float(cka_of_terms(mean["control"][i])) if record.control else math.nan,
+                           "raw": float(cka_of_terms(mean["raw"][i])), "biased": float(mean["biased"][i]),
+                           "biased noise": biased_noise_cka(size, C, D), "minibatches": len(batches), "n": size}
+        heat = cka_of_terms(np.stack((mean["heat"], np.broadcast_to(mean["x"][:, None], mean["heat"].shape),
+                                      np.broadcast_to(mean["y"][None], mean["heat"].shape)), -1))
+        return {"heat": heat, "names": names, "layers": layers, "sites": sites}
+
+
+def student_id(student: nn.Module) -> str:
+    """Content hash of a model's weights: the same for a model and what was saved of it."""
+    tied = (getattr(student, "_tied_weights_keys", None) or {}) if student.config.tie_word_embeddings else {}
+    return content_hash(*(part for name, value in sorted(student.state_dict().items()) if name not in tied
+                          for part in (name, value.detach().cpu().float().contiguous().numpy().tobytes())))
+
+
+# What each metric of the gate reads of a site, with its interval and null, and the margin by which it passes.
+_GATES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
+    "dead channels": ("dead channels interval", lambda s: GATE["dead channels"] - s["dead channels"]),
+    "saturated channels": ("saturated channels interval",
+                           lambda s: GATE["saturated channels"] - s["saturated channels"]),
+    "firing rate": ("firing rate interval", lambda s: min(s["firing rate"] - GATE["firing rate"][0],
+                                                          GATE["firing rate"][1] - s["firing rate"])),
+    "mutual information": ("mutual information interval", lambda s: min(
+        s["mutual information"] - GATE["mutual information"],
+        s["mutual information"] - s["mutual information null"] if s["mutual information p"] <= 0.05 else -1.0)),
+    "CKA": ("CKA interval", lambda s: min(
+        s["CKA"] - GATE["CKA"], s["CKA"] - s["CKA null"] if s["CKA p"] <= 0.05 else -1.0)),
+}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON knows them: NaN and infinity become None."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclass
+class ValidationResult:
+    """What a validation measured: scalars per site, arrays for figures, the CKA heat map, and what it belongs to."""
+
+    meta: dict[str, Any]
+    sites: dict[str, dict[str, Any]]
+    arrays: dict[str, dict[str, np.ndarray]]
+    heat: np.ndarray  # (sites, teacher layers)
+
+    @property
+    def gate(self) -> dict[str, Any]:
+        """{"metrics": {name: {"value", "interval", "null", "threshold", "pass", ...}}, "verdict", and `meta`}. Every
+        site has to pass; the value is that of the site nearest to failing. `clear` says whether the whole interval is
+        on the passing side: the gate itself is on the value, as defined."""
+        metrics = {}
+        for name, (interval, margin) in _GATES.items():
+            margins = {site: margin(row) for site, row in self.sites.items()}
+            worst = min(margins, key=lambda site: (margins[site], -len(site)))
+            row = self.sites[worst]
+            ends = [margin({**row, name: end}) for end in row[interval]]
+            passed = sum(m >= 0 if name == "firing rate" else m > 0 for m in margins.values())
+            metrics[name] = {"value": row[name], "interval": list(row[interval]), "null": row.get(f"{name} null"),
+                             "p": row.get(f"{name} p"), "threshold": GATE[name], "pass": passed == len(margins),
+                             "clear": min(ends) > 0, "site": worst, "sites passed": passed, "sites": len(margins)}
+        if "PPL rise" in self.meta:
+            rise = self.meta["PPL rise"]
+            metrics["PPL rise"] = {"value": rise, "interval": None, "null": None, "threshold": GATE["PPL rise"],
+                                   "pass": rise <= GATE["PPL rise"]}
+        passed = all(entry["pass"] for entry in metrics.values())
+        return _plain({**self.meta, "metrics": metrics, "verdict": "passed" if passed else "failed"})
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The verdict, the metrics that failed, and means over sites."""
+        mean = lambda key: float(np.mean([row[key] for row in self.sites.values()]))  # noqa: E731
+        gate = self.gate
+        return {"verdict": gate["verdict"], "failed": [n for n, entry in gate["metrics"].items() if not entry["pass"]],
+                **{key: mean(key) for key in (*_GATES, "entropy", "CKA biased", "correlation", "participation ratio")},
+                "tokens": self.meta["tokens"], "sites": len(self.sites)}
+
+    def table(self) -> list[dict[str, str]]:
+        """One row for each site, values with 95 % intervals and nulls."""
+        rows = []
+        for name, s in self.sites.items():
+            ci = lambda key, digits=3, s=s: "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(  # noqa: E731
+                s[key], *s[f"{key} interval"], d=digits)
+            rows.append({
+                "site": name, "dead %": f"{100 * s['dead channels']:.1f}", "saturated %": f"{100 * s['saturated channels']:.1f}",
+                "sign-locked %": f"{100 * s['sign-locked channels']:.1f}", "firing rate": ci("firing rate"),
+                "entropy, bits": f"{s['entropy']:.3f} ({100 * s['entropy share']:.0f} %)",
+                "MI probe, bits": ci("mutual information"), "null": f"{s['mutual information null']:.3f}",
+                "channels with q < 0.05": f"{100 * s['informative channels']:.0f} %", "MI Miller-Madow (null)":
+                f"{s['Miller-Madow']:.3f} ({s['Miller-Madow null']:.3f})", "MI founders' (noise)":
+                f"{s['founders MI']:.3f} ({s['founders MI noise']:.3f})", "teacher layer": str(s["teacher layer"]),
+                "CKA": ci("CKA"), "CKA null": f"{s['CKA null']:.3f}", "untrained": f"{s['CKA control']:.3f}",
+                "raw": f"{s['CKA raw']:.3f}", "biased (noise)": f"{s['CKA biased']:.3f} ({s['CKA biased noise']:.3f})",
+                "participation ratio": f"{s['participation ratio']:.1f} of {s['channels']}",
+                "mean |r|": f"{s['correlation']:.3f}", "next token, bits": f"{s['next token']:.3f}",
+                "beyond teacher (null)":
+                f"{ci('beyond teacher')} ({s['beyond teacher null']:.3f})"})
+        return rows
+
+    def to_json(self) -> str:
+        """Everything but the arrays of channels."""
+        return json.dumps({**_plain({"sites": self.sites, "heat": self.heat}), "gate": self.gate}, indent=1, sort_keys=True)
+
+
+class SpikingBrainValidator:
+    """Health, mutual information and CKA of every spike site of a student, and the gate over them.
+
+    `layer_map` is {student layer: teacher layer}; the ends of the spans (`span_ends`) by default. At most `max_tokens`
+    tokens are held. Probes of sites with more than `max_channels` channels take evenly spaced ones.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", layer_map: dict[int, int] | None = None,
+                 max_tokens: int = 20_480, max_channels: int = 256, ksg: bool = False, seed: int = 42,
+                 information: MutualInformationEstimator | None = None, cka: RepresentationAnalyzer | None = None):
+        for name, value in (("max_tokens", max_tokens), ("max_channels", max_channels)):
+            require(isinstance(value, int) and value >= 1, name, value, "a whole number from 1")
+        self.device, self.layer_map, self.max_tokens, self.max_channels = device, layer_map, max_tokens, max_channels
+        self.ksg, self.seed = ksg, seed
+        self.health = SpikeHealthChecker()
+        self.information = information or MutualInformationEstimator(seed=seed)
+        self.cka = cka or RepresentationAnalyzer(seed=seed)
+
+    def layer_of(self, names: Iterable[str], n_student: int, n_teacher: int) -> dict[str, int]:
+        """The teacher layer for each site; `head_in` belongs to the last. Raises ValueError for layers there are not."""
+        mapping = dict(enumerate(span_ends(n_student, n_teacher))) if self.layer_map is None else dict(self.layer_map)
+        for s, t in mapping.items():
+            require(0 <= s < n_student and 0 <= t < n_teacher, "layer_map", (s, t),
+                    f"student layers 0 to {n_student - 1}, teacher layers 0 to {n_teacher - 1}")
+        missing = [i for i in range(n_student) if i not in mapping]
+        require(not missing, "layer_map", self.layer_map, f"a teacher layer for each of the {n_student} student layers")
+        return {name: n_teacher - 1 if name == "head_in" else mapping[int(name.split(".")[0])] for name in names}
+
+    def validate(self, student: GooseForCausalLM, teacher: nn.Module, loader: Iterable[Any],
+                 max_batches: int | None = None, progress: bool = True,
+                 meta: dict[str, Any] | None = None) -> ValidationResult:
+        """Validates a student on batches of a loader (see `batch_of`); `meta`, such as corpus and teacher, goes into the
+        gate beside the student's id, tokens, seed and version."""
+        begin = time.perf_counter()
+        record = record_spikes(student, teacher, loader, max_batches, self.max_tokens, True, self.seed, progress)
+        with torch.no_grad():
+            embedded = teacher.get_input_embeddings().weight.detach().float().cpu()[record.next_token.clamp_min(0)]
+        result = self.judge(record, student.config.n_layer, embedded, progress,
+                            {"student": student_id(student), **(meta or {})})
+        result.meta |= {"seconds": time.perf_counter() - begin, "peak memory, GiB": peak_memory_gb()}
+        return result
+
+    @torch.no_grad()
+    def judge(self, record: SpikeRecord, n_layer: int, embedded: Tensor | None = None, progress: bool = True,
+              meta: dict[str, Any] | None = None) -> ValidationResult:
+        """The same for spikes that are already there. embedded (n, X): embeddings of the next tokens."""
+        layer_of = self.layer_of(record.spikes, n_layer, len(record.hidden))
+        inner = record.select(record.position > 0)
+        cka = self.cka.analyze(inner, layer_of, self.device, progress)
+        components = {t: whitened_components(inner.hidden[t].to(self.device), self.information.components)
+                      for t in sorted(set(layer_of.values()))}
+        following = None if embedded is None else whitened_components(
+            embedded[record.position > 0].to(self.device), self.information.components // 2)
+        sites, arrays = {}, {}
+        bar = import_optional("tqdm").tqdm(record.spikes.items(), desc="health and information", unit="site",
+                                           disable=not progress)
+        for name, spikes in bar:
+            levels, x = record.levels[name], components[layer_of[name]]
+            health = self.health.check(spikes, record.window, record.position, levels)
+            kept = np.linspace(0, spikes.shape[1] - 1, min(spikes.shape[1], self.max_channels)).astype(int)
+            some = inner.spikes[name][:, kept]
+            probe = self.information.probe(x, some, inner.window, levels)
+            plug_in = self.information.plug_in(x, some, inner.window, levels)
+            plain, noise = self.information.founders(x, some, levels)
+            told = {"next token": math.nan, "beyond teacher": math.nan, "beyond teacher null": math.nan,
+                    "beyond teacher interval": (math.nan, math.nan)}
+            if following is not None:
+                told = self.information.next_token(x, following, some, inner.next_token, inner.window, levels)
+            found = cka["sites"][name]
+            array = {key: value for key, value in health.items() if isinstance(value, np.ndarray)}
+            arrays[name] = {**array, "mutual information": probe["bits"], "null": probe["null"], "q": probe["q"],
+                            "Miller-Madow": plug_in["bits"]}
+            sites[name] = {
+                **{key: value for key, value in health.items() if key not in array},
+                "mutual information": probe["mean"], "mutual information interval": probe["interval"],
+                "mutual information null": probe["null mean"], "mutual information null high": probe["null high"],
+                "mutual information p": probe["mean p"], "informative channels": float((probe["q"] < 0.05).mean()),
+                "share of entropy": probe["mean"] / max(1e-9, float(health["entropies"][kept].mean())),
+                "Miller-Madow": plug_in["mean"], "Miller-Madow null": plug_in["null high"], "founders MI": plain,
+                "founders MI noise": noise, **told, "CKA": found["CKA"], "CKA interval": found["interval"],
+                "CKA null": found["null high"], "CKA p": found["p"], "teacher layer": found["teacher layer"],
+                **{f"CKA {key}": found[key] for key in ("control", "raw", "biased", "biased noise", "minibatches", "n")}}
+            if self.ksg:
+                sites[name]["KSG"] = self.information.ksg(x, some)
+        facts = {"version": "v15", "asnn_common": __version__, "tokens": len(record.window),
+                 "windows": len(record.window.unique()), "seed": self.seed, "layer_of": layer_of,
+                 "heat_layers": cka["layers"], "heat_sites": cka["names"], **(meta or {})}
+        return ValidationResult(facts, sites, arrays, cka["heat"])
+
+
+# ---- Interventions -----------------------------------------------------------------------------------
+
+INTERVENTIONS = ("mean", "shuffle", "jitter", "delay", "flip", "zero")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One way to damage spikes (B, T, C): `mean`, each channel's mean rate in their place; `shuffle`, a permutation of
+    the tokens of a window, another one for each channel; `jitter`, one in which nothing moves by more than `amount`
+    tokens; `delay`, each entry from 0 to `amount` tokens before, which unlike the two before it shows no token its
+    future; `flip`, signs turned with probability `amount`; `zero`."""
+
+    kind: str
+    amount: float = 0.0
+
+    def __post_init__(self):
+        require(self.kind in INTERVENTIONS, "intervention", self.kind, ", ".join(INTERVENTIONS))
+        if self.kind in ("jitter", "delay"):
+            require(self.amount >= 1 and self.amount == int(self.amount), f"amount of {self.kind}", self.amount,
+                    "a whole number of tokens from 1")
+        elif self.kind == "flip":
+            require(0 <= self.amount <= 1, "amount of flip", self.amount, "a probability")
+        else:
+            require(self.amount == 0, f"amount of {self.kind}", self.amount, "0: there is none")
+
+    def apply(self, spikes: Tensor, means: Tensor, generator: torch.Generator, mask: Tensor | None = None) -> Tensor:
+        """spikes (B, T, C), means (C,), a generator on the CPU, mask (B, T) with 0 at padding, which nothing moves to
+        or from -> (B, T, C)."""
+        if self.kind == "zero":
+            return torch.zeros_like(spikes)
+        if self.kind == "mean":
+            return means.to(spikes).expand_as(spikes)
+        noise = torch.rand(spikes.shape, generator=generator).to(spikes.device)
+        if self.kind == "flip":
+            return torch.where(noise < self.amount, -spikes, spikes)
+        time_axis = torch.arange(spikes.shape[1], device=spikes.device).view(1, -1, 1)
+        real = torch.ones_like(time_axis, dtype=torch.bool) if mask is None else mask.bool().unsqueeze(-1).to(spikes.device)
+        if self.kind == "delay":
+            source = time_axis - (noise * (self.amount + 1)).floor().long()
+            return torch.where(source >= 0, (spikes * real).gather(1, source.clamp_min(0)), 0)
+        # Sorting t + u with u in [0, n + 1) moves nothing by more than n.
+        key = noise if self.kind == "shuffle" else time_axis + noise * (self.amount + 1)
+        T, after = spikes.shape[1], real.cumsum(1) > 0
+        order = torch.where(real, key, torch.where(after, time_axis + 2 * T, time_axis - T)).argsort(1)
+        return spikes.gather(1, order.expand_as(spikes))
+
+
+@torch.no_grad()
+def intervene(student: GooseForCausalLM, loader: Iterable[Any], interventions: Iterable[Intervention],
+              sites: Iterable[str] | None = None, max_batches: int | None = None, unigram: Tensor | None = None,
+              seed: int = 0, progress: bool = True) -> list[dict[str, Any]]:
+    """The temporal coding suite: PPL of a student whose spikes are damaged, one place and one way at a time.
+
+    Args:
+        loader: see `batch_of`; every token but the first of a sequence is scored.
+        sites: "0.k" for one place, "all.k" for a site in all layers at once; by default all of both.
+        unigram: (V,) counts of the unigram model; by default those of the loader's own tokens, its best case.
+    Returns:
+        Rows {"site", "layer", "intervention", "amount", "ppl", "rise", "standard error", "tokens"}, intact and unigram
+        first; rise is PPL / intact PPL, its error over paired sequences.
+    Raises:
+        ValueError for a site that does not exist.
+    """
+    modules = spike_modules(student)
+    groups = {name: [name] for name in modules}
+    for name in modules:
+        if "." in name:
+            groups.setdefault(f"all.{name.split('.', 1)[1]}", []).append(name)
+    chosen = list(groups) if sites is None else list(sites)
+    for name in chosen:
+        require(name in groups, "site", name, ", ".join(groups))
+    device, training = next(student.parameters()).device, student.training
+    head = student.get_output_embeddings().weight
+    batches = [batch_of(batch) for batch in itertools.islice(loader, max_batches)]
+    require(bool(batches), "loader", "empty", "at least one batch")
+    scored = [(ids[:, 1:] if mask is None else torch.where((mask[:, 1:] * mask[:, :-1]).bool(), ids[:, 1:], -100)).to(device)
+              for ids, mask in batches]
+    plan = [(site, item) for item in interventions for site in chosen]
+    bar = import_optional("tqdm").tqdm(total=len(plan) + 1, desc="interventions", unit="run", mininterval=1.0,
+                                       disable=not progress)
+
+    now: dict[str, Tensor | None] = {}
+
+    def losses() -> np.ndarray:
+        """NLL in nats summed over each sequence."""
+        found = []
+        for (ids, mask), labels in zip(batches, scored):
+            now["mask"] = mask
+            hidden = student.base_model(ids.to(device), None if mask is None else mask.to(device),
+                                        use_cache=False).last_hidden_state
+            nll = chunked_nll(hidden[:, :-1], head, labels)  # (B, T - 1), 0 at labels of -100
+            found.append(nll.double().sum(1).cpu().numpy())
+        bar.update(1)
+        return np.concatenate(found)
+
+    try:
+        student.eval()
+        totals: dict[str, Tensor] = {}
+
+        def count(name: str, spikes: Tensor) -> None:
+            real = spikes.new_ones(spikes.shape[:2]) if now["mask"] is None else now["mask"].to(spikes)  # (B, T)
+            total = torch.einsum("bt,btc->c", real.float(), spikes.float())
+            totals[name] = totals.get(name, 0) + torch.cat((total, real.float().sum().view(1)))
+
+        with spike_hooks(student, count):
+            intact = losses()
+        means = {name: value[:-1] / value[-1] for name, value in totals.items()}
+        counts = np.concatenate([(labels >= 0).sum(1).cpu().numpy() for labels in scored])
+        tokens, base = int(counts.sum()), intact.sum() / counts.sum()
+        if unigram is None:
+            unigram = torch.bincount(torch.cat([labels[labels >= 0].cpu() for labels in scored]), minlength=len(head))
+        log_p = ((unigram.float() + 1e-9) / unigram.sum()).log()
+        # A token that the counts lack would cost everything: it gets a share of one count.
+        log_p = torch.where(unigram > 0, log_p, -math.log(float(unigram.sum()) + len(unigram)))
+        frequency = -sum(float(log_p[labels[labels >= 0].cpu()].double().sum()) for labels in scored) / tokens
+        rows = [{"site": "-", "layer": "-", "intervention": name, "amount": 0.0, "ppl": math.exp(value),
+                 "rise": math.exp(value - base), "standard error": 0.0, "tokens": tokens}
+                for name, value in (("intact", base), ("unigram", frequency))]
+        for site, item in plan:
+            generator = torch.Generator().manual_seed(seed)
+            with spike_hooks(student, lambda name, spikes: item.apply(spikes, means[name], generator, now["mask"]),
+                             groups[site]):
+                damaged = losses()
+            mean = damaged.sum() / counts.sum()
+            residual = (damaged - intact) - (mean - base) * counts
+            error = math.sqrt(len(counts) / max(1, len(counts) - 1) * float((residual**2).sum())) / tokens
+            layer, _, where = site.partition(".") if "." in site else ("-", "", site)
+            rows.append({"site": where, "layer": layer, "intervention": item.kind, "amount": float(item.amount),
+                         "ppl": math.exp(min(100.0, mean)), "rise": math.exp(min(100.0, mean - base)),
+                         "standard error": math.exp(min(100.0, mean - base)) * error, "tokens": tokens})
+    finally:
+        bar.close()
+        student.train(training)
+    return rows
+
+
+# ---- Remediation -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remediation:
+    """What a remedy does; each part can be switched off.
+
+    `threshold`: the spikes' threshold becomes this one (None: stays). With `mixed_fixed`, the founders' mixture of token
+    and channel with a channel statistic that is fixed at inference, that statistic is calibrated so that each channel
+    fires as often as before, or at the end of `rate_band` that it was beyond. `recentre`: biases move the median of
+    each channel of keys and values to zero. `rate_weight`: pulls the firing rate of each channel into `rate_band`. `align_weight`: pulls
+    keys and values to ternary teacher targets. Steps and learning rates are those of the recipe given to `remediate`,
+    times `lr_scale`.
+    """
+
+    threshold: str | None = "mixed_fixed"
+    recentre: bool = True
+    rate_weight: float = 1.0
+    rate_band: tuple[float, float] = (0.22, 0.58)
+    align_weight: float = 0.05
+    steps: int = 200
+    lr_scale: float = 0.3
+
+    def __post_init__(self):
+        require(self.threshold is None or self.threshold in THRESHOLDS, "Remediation.threshold", self.threshold,
+                f"None, {', '.join(THRESHOLDS)}")
+        for name in ("rate_weight", "align_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"Remediation.{name}", value, "a number from 0")
+        low, high = self.rate_band
+        require(0 <= low < high <= 1, "Remediation.rate_band", self.rate_band, "two shares, the lower one first")
+        require(isinstance(self.steps, int) and self.steps >= 1, "Remediation.steps", self.steps, "a whole number from 1")
+        require(0 < self.lr_scale < math.inf, "Remediation.lr_scale", self.lr_scale, "a number above 0")
+
+    @classmethod
+    def for_gate(cls, gate: dict[str, Any], **values: Any) -> Remediation:
+        """The parts that what failed calls for; `values` win. Thresholds and rates for channels that fire too much or
+        too little; centres and alignment, which cost perplexity, only where spikes say too little."""
+        failed = {name for name, entry in gate["metrics"].items() if not entry["pass"]}
+        silent = bool(failed & {"mutual information", "CKA"})
+        rates = bool(failed & {"firing rate", "dead channels", "saturated channels"})
+        return cls(**{"threshold": "mixed_fixed" if rates else None, "rate_weight": float(rates), "recentre": silent,
+                      "align_weight": 0.05 * silent, **values})
+
+
+def ternary_targets(hidden: Tensor, width: int) -> Tensor:
+    """Teacher states hidden (..., D) as ternary spikes (..., width): channels standardised over all tokens, turned by a
+    fixed orthogonal matrix where the widths differ, at the threshold that suits a Gaussian, 0.77 mean|x|."""
+    flat = hidden.detach().float().flatten(0, -2)  # (n, D)
+    flat = (flat - flat.mean(0)) / flat.std(0).clamp_min(1e-6)
+    if flat.shape[1] != width:
+        size = max(width, flat.shape[1])
+        turn = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))[0]
+        flat = flat @ turn[:flat.shape[1], :width].to(flat)
+    return ternary_spike(flat, 0.77 * flat.abs().mean(-1, keepdim=True)).view(*hidden.shape[:-1], width)
+
+
+class RemediationObjective(Distiller):
+    """Distillation with the terms of a Remediation beside it."""
+
+    def __init__(self, student: GooseForCausalLM, teacher: nn.Module, recipe: Recipe, settings: Remediation):
+        super().__init__(student, teacher, recipe)
+        self.settings = settings
+        self._ends = span_ends(len(transformer_blocks(student)), len(transformer_blocks(teacher)))
+
+    @staticmethod
+    def _rate(module: nn.Module, x: Tensor, spikes: Tensor) -> Tensor:
+        """Firing rate of each channel (C,): the counted one, with the gradient of a soft threshold."""
+        if isinstance(module, SpikeEncoder):
+            x = x - module.centre
+            theta = module.alpha.float().abs() * x.float().abs().mean(-1, keepdim=True).detach()
+        else:
+            theta = module.theta(x)[0]
+        soft = torch.sigmoid((x.float().abs() / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
+        return (spikes != 0).float().flatten(0, -2).mean(0) + soft - soft.detach()
+
+    def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
+                want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """input_ids, labels (B, T) -> loss and its terms, `rate` and `spike alignment` among them."""
+        rates, fired, handles = [], {}, []
+        low, high = self.settings.rate_band
+        for name, module in spike_modules(self.student).items():
+            def keep(module, args, output, name=name):
+                spikes = fired[name]
+                rate = self._rate(module, args[0], spikes.detach())
+                outside = F.relu(rate - high) + F.relu(low - rate)
+                rates.append(outside.square().mean() + (F.relu(rate.mean() - high) + F.relu(low - rate.mean())).square())
+            handles.append(module.register_forward_hook(keep))
+        try:
+            with spike_hooks(self.student, lambda name, spikes: fired.__setitem__(name, spikes)), \
+                    capture_blocks(self.teacher, set(self._ends)) as blocks:
+                loss, terms = super().forward(input_ids, labels, step, want_ce)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.settings.rate_weight:
+            terms["rate"] = torch.stack(rates).mean()
+            loss = loss + self.settings.rate_weight * terms["rate"]
+        if self.settings.align_weight:
+            errors = []
+            for name, spikes in fired.items():
+                if name.split(".", 1)[-1] in ("k", "v"):
+                    state = blocks[self._ends[int(name.split(".")[0])]][1][:, 1:]  # position 0 is GPT-2's outlier
+                    target = ternary_targets(state, spikes.shape[-1]).to(spikes.device)
+                    errors.append((spikes[:, 1:].float() - target).square().mean())
+            terms["spike alignment"] = torch.stack(errors).mean()
+            loss = loss + self.settings.align_weight * terms["spike alignment"]
+        return loss, terms
+
+
+@torch.no_grad()
+def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: Tensor) -> GooseForCausalLM:
+    """A copy of the student with the threshold and the centres of `settings`, calibrated on input_ids (B, T)."""
+    config = GooseConfig.from_dict({**student.config.to_dict(), **(
+        {} if settings.threshold is None else {"threshold": settings.threshold}), **(
+        {"projection_bias": True} if settings.recentre else {})})
+    device = next(student.parameters()).device
+    copy = GooseForCausalLM(config)
+    copy.load_state_dict(student.state_dict(), strict=False)  # what is new, biases and channel means, starts at 0 and 1
+    copy = copy.to(device).eval()
+    seen: dict[str, Tensor] = {}
+
+    def run() -> None:
+        handles = [module.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(
+            name, args[0].float().flatten(0, -2))) for name, module in spike_modules(copy).items()]
+        try:
+            copy.base_model(input_ids.to(device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    with SpikeCapture(student, input_ids.numel()) as capture:
+        student.base_model(input_ids.to(device), use_cache=False)
+    rates = {name: (spikes != 0).float().mean(0).clamp(*settings.rate_band).to(device)
+             for name, spikes in capture.spikes().items()}
+
+    def quantiles(x: Tensor, share: Tensor) -> Tensor:  # what `share` of each channel's values exceeds
+        return torch.stack([column.quantile(1 - part) for column, part in zip(x.t(), share)])
+
+    for name, module in spike_modules(copy).items():  # in order: a site sees what the mended ones before it do
+        if isinstance(module, TernarySpike) and settings.recentre:
+            run()
+            mix = transformer_blocks(copy)[int(name.split(".")[0])].time_mix
+            (mix.key if name.endswith(".k") else mix.value).bias -= seen[name].median(0).values
+        if settings.threshold == "mixed_fixed":
+            run()
+            x = seen[name] - (module.centre if isinstance(module, SpikeEncoder) else 0)
+            token, alpha = x.abs().mean(-1, keepdim=True).clamp_min(1e-6), module.alpha.abs().clamp_min(1e-6)
+            x = x if module.kind == "binary" else x.abs()
+            if isinstance(module, SpikeEncoder):  # its threshold is that of token and channel already
+                module.alpha.copy_(quantiles(x / token, rates[name]).clamp_min(1e-6))
+            else:
+                module.channel_mean.copy_((quantiles(x / token.sqrt(), rates[name]).clamp_min(1e-6) / alpha).square())
+    return copy
+
+
+class RemediationResult(NamedTuple):
+    """A remedied student, and the validations and PPLs on the same tokens before and after."""
+
+    student: GooseForCausalLM
+    before: ValidationResult
+    after: ValidationResult
+    ppl_before: float
+    ppl_after: float
+    training: FitResult
+
+    def table(self) -> list[dict[str, str]]:
+        """One row for each metric of the gate, PPL included."""
+        rows, say = [], {True: "pass", False: "FAIL"}
+        before, after = self.before.gate["metrics"], self.after.gate["metrics"]
+        for name in _GATES:
+            row = {"metric": name, "threshold": str(GATE[name])}
+            for when, gate in (("before", before), ("after", after)):
+                m = gate[name]
+                row |= {when: f"{m['value']:.3f} at {m['site']}", f"{when}: sites": f"{m['sites passed']} of {m['sites']}",
+                        f"{when}: gate": say[m["pass"]]}
+            rows.append(row)
+        rise = round(self.ppl_after / self.ppl_before - 1, 12)
+        rows.append({"metric": "PPL", "threshold": f"rise of at most {100 * GATE['PPL rise']:.0f} %",
+                     "before": f"{self.ppl_before:.2f}", "before: sites": "-", "before: gate": "-",
+                     "after": f"{self.ppl_after:.2f} ({100 * rise:+.1f} %)", "after: sites": "-",
+                     "after: gate": say[rise <= GATE["PPL rise"]]})
+        return rows
+
+
+def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSampler, recipe: Recipe,
+              validate: Callable[[GooseForCausalLM], ValidationResult], ppl: Callable[[GooseForCausalLM], float],
+              settings: Remediation | None = None, before: ValidationResult | None = None, folder: Path | None = None,
+              description: str = "remediation") -> RemediationResult:
+    """Fine-tunes a copy of a student that failed the gate and validates it again; the student given stays as it is.
+
+    Args:
+        recipe: that of the student's run; its objective goes on at a fixed temperature, without FDD and alignment.
+        validate, ppl: what measures a student, on validation tokens. A rise of PPL by more than 2 % fails the gate.
+        before: the validation of the student where it is known.
+        folder: see `fit`.
+    """
+    settings = settings or Remediation()
+    given = {"temperature": "fixed", "tau": 1.0} if recipe.temperature != "fixed" else {}
+    recipe = recipe.replace(**given, fdd="none", hidden_weight=0.0, variance_penalty=0.0, align_steps=0, ce_start=0,
+                            anneal_steps=0, curriculum="none", distill_steps=settings.steps, lr=recipe.lr * settings.lr_scale,
+                            matrix_lr=None if recipe.matrix_lr is None else recipe.matrix_lr * settings.lr_scale)
+    before, ppl_before = before or validate(student), ppl(student)
+    mended = prepare_remedy(student, settings, sampler.batch(0, recipe.batch_size)[0])
+    objective = RemediationObjective(mended, teacher, recipe, settings)
+    training = fit(objective, sampler, FitConfig.from_recipe(recipe, eval_every=10**9, patience=None), None, folder,
+                   description)
+    mended = mended.to(next(student.parameters()).device).eval()
+    after, ppl_after = validate(mended), ppl(mended)
+    after.meta |= {"PPL rise": round(ppl_after / ppl_before - 1, 12), "PPL before": ppl_before, "PPL after": ppl_after,
+                   "remedy of": before.meta.get("student"), "remedy": dataclasses.asdict(settings)}
+    return RemediationResult(mended, before, after, ppl_before, ppl_after, training)
+
+
+# ======================================================================================================
 # 11  Artefacts
 # ======================================================================================================
 
@@ -3155,6 +4298,54 @@ def runs(outputs: Path | None = None) -> list[dict[str, Any]]:
     """The metrics of every finished run, oldest first."""
     files = sorted((outputs or outputs_folder()).glob("*/*/metrics.json"), key=lambda p: p.stat().st_mtime)
     return [json.loads(path.read_text()) for path in files]
+
+
+def find_run(name: str | None = None, without: tuple[str, ...] = (), outputs: Path | None = None) -> Path | None:
+    """The folder of a finished run that left a student: `name` is a folder or "<version>/<run>" below the outputs or an
+    attached input; None takes the newest of a version that is not in `without`. None where there is no run at all.
+
+    Raises ValueError for a name that belongs to no finished run, listing those there are.
+    """
+    def finished(path: Path) -> bool:
+        return all((path / part).is_file() for part in ("config.json", "metrics.json", "student/config.json"))
+
+    if name is not None and finished(Path(name)):
+        return Path(name)
+    found = [path.parent for path in (outputs or outputs_folder()).glob("*/*/metrics.json") if finished(path.parent)]
+    found += [path for path in attached_folders() if finished(path)]
+    found = [path for path in found if path.parent.name not in without]
+    if name is None:
+        return max(found, key=lambda path: (path / "metrics.json").stat().st_mtime, default=None)
+    known = {f"{path.parent.name}/{path.name}": path for path in reversed(found)}
+    require(name in known, "student", name, ", ".join(sorted(known)) or "the folder of a finished run; there is none yet")
+    return known[name]
+
+
+def load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, Profile, dict[str, Any]]:
+    """(student, recipe, profile, metrics) of a finished run. Raises ValueError when its student cannot be loaded."""
+    settings = json.loads((folder / "config.json").read_text())
+    freeze = lambda x: tuple(map(freeze, x)) if isinstance(x, list) else x  # noqa: E731  JSON has no tuples
+    recipe, profile = ({k: freeze(v) for k, v in settings[part].items()} for part in ("recipe", "profile"))
+    try:
+        student = GooseForCausalLM.from_pretrained(folder / "student")
+    except Exception as error:  # the library raises a dozen unrelated types for a damaged folder
+        raise ValueError(f"student {folder / 'student'} cannot be loaded: {_first_line(error)}") from error
+    return student.eval(), Recipe(**recipe), Profile(**profile), json.loads((folder / "metrics.json").read_text())
+
+
+def gate_status(student: nn.Module, outputs: Path | None = None) -> tuple[bool, str]:
+    """(gated, sentence): whether the gate in outputs/v15/gate.json, or an attached one, is of this student and passed."""
+    folder = (outputs or outputs_folder()) / "v15"
+    if not (folder / "gate.json").is_file():
+        folder = find_attached(lambda path: path.name == "v15" and (path / "gate.json").is_file())
+    if folder is None:
+        return False, "ungated: no gate.json was found; run the v15 notebook first"
+    gate = json.loads((folder / "gate.json").read_text())
+    if gate["student"] != student_id(student):
+        return False, f"ungated: the gate that was found is of another student ({gate['student']})"
+    failed = [name for name, entry in gate["metrics"].items() if not entry["pass"]]
+    return not failed, f"ungated: the student failed {', '.join(failed)}" if failed else (
+        f"gated: the student passed all {len(gate['metrics'])} metrics over {gate['tokens']:,} tokens")
 
 
 def quality_table(measured: dict[str, dict[str, Evaluation]]) -> list[dict[str, str]]:

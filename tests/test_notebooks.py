@@ -196,5 +196,6 @@ def test_readme_check_says_no():
     text, metrics = (ROOT / "README.md").read_text(), tool.reference_metrics()
     metrics[0]["student"]["test"]["ppl"] += 1.0
     assert tool.rendered(text, tool.asnn.results_table(metrics)) != text
-    with pytest.raises(ValueError, match="has no place for the results"):
-        tool.rendered("no marks here", "")
+    for what in ("results", "gate"):
+        with pytest.raises(ValueError, match=f"has no place for the {what}"):
+            tool.rendered("no marks here", "", what)
