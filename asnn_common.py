@@ -13,6 +13,7 @@ Contents
     8  SpikingBrain    wilson_interval, bootstrap_interval, SpikeCapture, record_spikes, SpikeHealthChecker,
                        MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
                        intervene, Remediation, remediate
+    9  Sparse          SpikeVector, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, sparsify
     11 Artefacts       environment, Run, runs, find_run, load_run, gate_status, quality_table, sample_texts, run_metrics,
                        run_checks, results_table, model_card
 
@@ -43,6 +44,7 @@ Papers
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -2694,7 +2696,7 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     model.eval()
     full = [s for s in starts if s + seq_len < len(tokens)]
     groups = [full[i:i + batch_size] for i in range(0, len(full), batch_size)] + [[s] for s in starts[len(full):]]
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
     sums, counts = [], []
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     require(precision in dtypes, "precision", precision, ", ".join(dtypes))
@@ -2702,7 +2704,10 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
         rows = torch.from_numpy(np.stack([tokens[s:s + seq_len + 1].astype(np.int64) for s in group])).to(device)
         with torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "fp32"):
             hidden = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
-            nll = chunked_nll(hidden, head, rows[:, 1:])  # (B, T)
+            if isinstance(head, nn.Linear):
+                nll = chunked_nll(hidden, head.weight, rows[:, 1:])  # (B, T)
+            else:  # a head in int8 or fed by spikes has no weight to share out
+                nll = torch.stack([F.cross_entropy(head(h).float(), y, reduction="none") for h, y in zip(hidden, rows[:, 1:])])
         sums += nll.double().sum(1).tolist()
         counts += [nll.shape[1]] * nll.shape[0]
     model.train(training)
@@ -2735,9 +2740,10 @@ def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
         mix, ffn = block.time_mix, block.ffn
         sites = {**{f"mix_in.{name}": module for name, module in mix.mix_in.items()}, "k": mix.spike_k,
                  "v": mix.spike_v, "mix_out": mix.mix_out, "ffn_in": ffn.ffn_in, "ffn_hidden": ffn.ffn_hidden}
-        found.update({f"{i}.{name}": m for name, m in sites.items() if isinstance(m, (TernarySpike, SpikeEncoder))})
-    head = student.base_model.head_in
-    return {**found, "head_in": head} if isinstance(head, SpikeEncoder) else found
+        found.update({f"{i}.{name}": getattr(m, "encoder", m) for name, m in sites.items()})
+    found["head_in"] = getattr(getattr(student.get_output_embeddings(), "encode", student.base_model.head_in), "encoder",
+                               student.base_model.head_in)  # a sparse copy (section 9) has encoders inside other modules
+    return {name: m for name, m in found.items() if isinstance(m, (TernarySpike, SpikeEncoder))}
 
 
 @contextlib.contextmanager
@@ -3083,6 +3089,13 @@ def bootstrap_interval(rows: np.ndarray, statistic: Callable[[np.ndarray], np.nd
     return float(low), float(high)
 
 
+def window_interval(values: Tensor, window: Tensor) -> tuple[float, float]:
+    """Bootstrap interval of the mean of values (n,) over windows (n,), each with as many tokens as it has."""
+    _, inverse, counts = window.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, inverse, values.double().cpu())
+    return bootstrap_interval(torch.stack((sums, counts.double()), 1).numpy(), lambda means: means[:, 0] / means[:, 1])
+
+
 class SpikeCapture:
     """The spikes of a student while a block runs, in train or eval mode, at every site or those in `names`:
 
@@ -3129,11 +3142,12 @@ class SpikeRecord(NamedTuple):
     next_token: Tensor  # (n,) the token after it, -1 at the end of a sequence
     control: dict[str, Tensor]  # spikes of the same student, untrained
     levels: dict[str, int]  # {"layer.site": events a unit can fire at most}
+    binary: tuple[str, ...] = ()  # sites whose spikes have no sign
 
     def select(self, keep: Tensor) -> SpikeRecord:
         """The tokens where keep (n,) is True."""
         pick = lambda item: {k: v[keep] for k, v in item.items()} if isinstance(item, dict) else item[keep]  # noqa: E731
-        return SpikeRecord(*(pick(item) for item in self[:-1]), self.levels)
+        return SpikeRecord(*(pick(item) for item in self[:-2]), self.levels, self.binary)
 
 
 def batch_of(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -3208,7 +3222,8 @@ def record_spikes(student: GooseForCausalLM, teacher: nn.Module, loader: Iterabl
     join = lambda items: ({k: torch.cat([i[k] for i in items]) for k in items[0]}  # noqa: E731
                           if isinstance(items[0], dict) else torch.cat(items))
     levels = {name: module.levels for name, module in spike_modules(student).items()}
-    return SpikeRecord(*(join(items) for items in list(zip(*parts))[:-1]), levels)
+    binary = tuple(name for name, module in spike_modules(student).items() if module.kind == "binary")
+    return SpikeRecord(*(join(items) for items in list(zip(*parts))[:-2]), levels, binary)
 
 
 def entropy_bits(counts: np.ndarray) -> np.ndarray:
@@ -3222,11 +3237,13 @@ class SpikeHealthChecker:
 
     MAX_CORRELATED = 1024  # channels in the covariance, evenly spaced
 
-    def check(self, spikes: Tensor, window: Tensor, position: Tensor, levels: int = 1) -> dict[str, Any]:
+    def check(self, spikes: Tensor, window: Tensor, position: Tensor, levels: int = 1,
+              binary: bool = False) -> dict[str, Any]:
         """spikes (n, C) int8, window and position (n,) -> measures of the site.
 
-        Shares of channels and the rate of each channel have Wilson intervals, the site's firing rate one by bootstrap
-        over windows, for tokens depend on each other. `entropy` is in bits per channel, `entropy share` relative to
+        Saturated are channels that always fire and, for kinds with two signs, those that only ever show one: `sign-locked`
+        counts the second sort alone. Shares of channels and the rate of each channel, as if its tokens were independent,
+        have Wilson intervals; the site's firing rate has one by bootstrap over windows, for tokens are not. `entropy` is in bits per channel, `entropy share` relative to
         log2(2 levels + 1), 1.585 for ternary; `participation ratio` is (tr Cov)^2 / tr Cov^2, the number of channels
         that an equally rich code of independent ones would have, `correlation` the mean |r| of pairs of channels.
         Arrays: rate (C,), rate interval (C, 2), entropies (C,), by position (T,).
@@ -3236,7 +3253,7 @@ class SpikeHealthChecker:
         fired, positive = n - counts[:, levels], counts[:, levels + 1:].sum(-1)
         locked = (fired >= LOCKED_EVENTS) & ((positive == 0) | (positive == fired))
         fires = (spikes != 0).float()
-        by_window = np.array([float(fires[window == w].mean()) for w in window.unique()])
+        rates = fires.mean(1)
         length = int(position.max()) + 1
         at = torch.zeros(length).index_add_(0, position, fires.mean(1))
         entropies = entropy_bits(counts)
@@ -3247,13 +3264,14 @@ class SpikeHealthChecker:
         r = (covariance / (spread.unsqueeze(0) * spread.unsqueeze(1)).clamp_min(1e-12))[active][:, active].abs()
         pairs = r.numel() - len(r)
         result = {"channels": C, "tokens": n}
-        for name, which in (("dead channels", fired == 0), ("saturated channels", fired == n),
+        saturated = fired == n if binary else (fired == n) | locked
+        for name, which in (("dead channels", fired == 0), ("saturated channels", saturated),
                             ("sign-locked channels", locked)):
             low, high = wilson_interval(int(which.sum()), C)
             result |= {name: float(which.mean()), f"{name} interval": (float(low), float(high))}
         return result | {
-            "firing rate": float(fires.mean()), "firing rate interval": bootstrap_interval(by_window),
-            "entropy": float(entropies.mean()), "entropy share": float(entropies.mean() / math.log2(2 * levels + 1)),
+            "firing rate": float(fires.mean()), "firing rate interval": window_interval(rates, window),
+            "entropy": float(entropies.mean()), "entropy share": float(entropies.mean() / math.log2(2 if binary else 2 * levels + 1)),
             "correlation": float((r.sum() - len(r)) / pairs) if pairs else math.nan,
             "participation ratio": float(covariance.trace() ** 2 / covariance.square().sum().clamp_min(1e-12)),
             "rate": fired / n, "rate interval": np.stack(wilson_interval(fired, n), -1), "entropies": entropies,
@@ -3371,14 +3389,14 @@ class MutualInformationEstimator:
             gain.append(self._gain(log_q[-1], part))
         gain, log_q = torch.cat(gain, 1), torch.cat(log_q, 1)[:, :C]
         bits, null_bits = gain.mean(0)[:C].numpy(), gain.mean(0)[C:].numpy()
-        nulls = [self._shifted(log_q, target.cpu(), away), self._exchanged(log_q, target.cpu(), window)]  # (shifts, C)
+        exchanged, same = self._exchanged(log_q, target.cpu(), window)
+        nulls = [self._shifted(log_q, target.cpu(), away), exchanged - same + bits]  # (shifts, C)
         p_value = np.max([(1 + (gains >= bits).sum(0)) / (1 + len(gains)) for gains in nulls], 0)
         p_value[(target == target[:1]).all(0).cpu().numpy()] = 1.0  # always the same: all shifts are equal but for rounding
         mean_p = max(float((1 + (gains.mean(1) >= bits.mean()).sum()) / (1 + len(gains))) for gains in nulls)
-        by_window = np.array([float(gain[window == w, :C].mean()) for w in window.unique()])
         high = float(np.quantile(null_bits, 0.95)) if self.refits else math.nan
         return {"bits": bits, "p": p_value, "q": import_optional("scipy.stats").false_discovery_control(p_value),
-                "mean": float(bits.mean()), "interval": bootstrap_interval(by_window),
+                "mean": float(bits.mean()), "interval": window_interval(gain[:, :C].mean(1), window),
                 "mean p": mean_p,
                 "null": null_bits, "null mean": float(null_bits.mean()) if self.refits else math.nan, "null high": high}
 
@@ -3397,10 +3415,10 @@ class MutualInformationEstimator:
             out[:, part] = torch.fft.irfft(total, n, dim=0)[lags].numpy() / n + constant[part]
         return out
 
-    def _exchanged(self, log_q: Tensor, target: Tensor, window: Tensor) -> np.ndarray:
+    def _exchanged(self, log_q: Tensor, target: Tensor, window: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Mean gain (shifts, C) of fixed predictions against the spikes of other windows at the same positions: random
-        permutations of the windows, from the score of every pair of windows. Windows are cut to their median length, and
-        shorter ones, such as a last one that was cut off, left out."""
+        permutations of the windows, from the score of every pair of windows; and (C,) against their own. Windows are cut
+        to their median length, and shorter ones, such as a last one that was cut off, left out."""
         C, K = target.shape[1], log_q.shape[-1]
         rows = [torch.where(window == w)[0] for w in window.unique()]
         length = sorted(map(len, rows))[(len(rows) - 1) // 2]
@@ -3418,7 +3436,7 @@ class MutualInformationEstimator:
             cycle = np.empty_like(order)
             cycle[order] = np.roll(order, 1)  # one cycle through all windows: none meets itself
             out[i] = (score[:, here, cycle].sum(1) + constant) / index.numel()
-        return out
+        return out, (score[:, here, here].sum(1) + constant) / index.numel()
 
     def plug_in(self, features: Tensor, spikes: Tensor, window: Tensor, levels: int = 1, shifts: int = 100,
                 components: int = 4, null_channels: int = 32) -> dict[str, Any]:
@@ -3481,7 +3499,7 @@ class MutualInformationEstimator:
         """What spikes tell of the token to come, bits per channel, by the same probe on embedded (n, p), components of
         the next token's embedding.
 
-        `next token`: I(spike; token) from below. `beyond teacher`: how much better the probe on teacher state and token
+        `next token`: I(spike; token) from below, at most H(spike), with interval and null. `beyond teacher`: how much better the probe on teacher state and token
         is than the one on the teacher state alone, with its 95 % interval over windows; an estimate of
         I(spike; token | teacher state) and no bound, for both probes are imperfect. `beyond teacher null`: the same for
         tokens shifted circularly, what the additional weights cost.
@@ -3492,12 +3510,13 @@ class MutualInformationEstimator:
         x, e, fold = hidden[known.to(hidden.device)], embedded[known.to(embedded.device)], self.blocks(where)
         least = max(1, int((fold != 0).sum()) // 40)
         x, e, s = x[:, :least], e[:, :least], s.to(hidden.device)
-        inputs = {"token": e, "state": x, "both": torch.cat((x, e), 1), "null": torch.cat((x, e.roll(len(e) // 2, 0)), 1)}
+        other = e.roll(len(e) // 2, 0)
+        inputs = {"token": e, "other": other, "state": x, "both": torch.cat((x, e), 1), "null": torch.cat((x, other), 1)}
         gain = {name: self._gain(self.log_probabilities(part, s, K, fold), s).mean(1) for name, part in inputs.items()}
-        beyond = (gain["both"] - gain["state"]).numpy()
-        by_window = np.array([beyond[(where == w).numpy()].mean() for w in where.unique()])
-        return {"next token": float(gain["token"].mean()), "beyond teacher": float(beyond.mean()),
-                "beyond teacher interval": bootstrap_interval(by_window),
+        beyond = gain["both"] - gain["state"]
+        return {"next token": float(gain["token"].mean()), "next token interval": window_interval(gain["token"], where),
+                "next token null": float(gain["other"].mean()), "beyond teacher": float(beyond.mean()),
+                "beyond teacher interval": window_interval(beyond, where),
                 "beyond teacher null": float((gain["null"] - gain["state"]).mean())}
 
 
@@ -3522,7 +3541,8 @@ def cka_of_terms(terms: np.ndarray) -> np.ndarray:
 
 
 def biased_noise_cka(n: int, d1: int, d2: int) -> float:
-    """What biased linear CKA gives for independent noise of d1 and d2 channels over n samples; d / (n + d) for d1 = d2."""
+    """What biased linear CKA gives for two independent white noises of d1 and d2 channels over n samples; d / (n + d) for
+    d1 = d2. Correlated channels count as fewer: shuffling the tokens of one side measures it."""
     return math.sqrt(d1 * d2 / ((n + d1) * (n + d2)))
 
 
@@ -3598,8 +3618,11 @@ class RepresentationAnalyzer:
             if record.control:
                 Z = torch.stack([self._kernel(get(record.control[name], controls[name])) for name in names])
                 sums["control"].append(torch.stack((hsic_of_kernels(Z, Y).cpu()[pick], square(Z), square(Y)[mapped]), -1))
-            sums["biased"].append(torch.stack([linear_cka(get(record.spikes[name], scales[name]), get(
-                record.hidden[layer_of[name]], teachers[layer_of[name]]), unbiased=False).cpu() for name in names]))
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
+            pairs = [(get(record.spikes[name], scales[name]), get(record.hidden[layer_of[name]], teachers[layer_of[name]]))
+                     for name in names]
+            sums["biased"].append(torch.stack([torch.stack([linear_cka(x[rows_of], y, unbiased=False).cpu() for x, y in pairs])
+                                               for rows_of in (slice(None), order.to(device))]))  # as they are; shuffled
             if number not in alike:
                 continue
             null, others = torch.empty(self.shifts, len(names)), len(alike) - 1
@@ -3628,7 +3651,8 @@ class RepresentationAnalyzer:
                            "null mean": float(null.mean()), "null high": float(np.quantile(null, 0.95)),
                            "p": float((1 + (null >= value).sum()) / (1 + len(null))),
                            "control": float(cka_of_terms(mean["control"][i])) if record.control else math.nan,
-                           "raw": float(cka_of_terms(mean["raw"][i])), "biased": float(mean["biased"][i]),
+                           "raw": float(cka_of_terms(mean["raw"][i])), "biased": float(mean["biased"][0, i]),
+                           "biased shuffled": float(mean["biased"][1, i]),
                            "biased noise": biased_noise_cka(size, C, D), "minibatches": len(batches), "n": size}
         heat = cka_of_terms(np.stack((mean["heat"], np.broadcast_to(mean["x"][:, None], mean["heat"].shape),
                                       np.broadcast_to(mean["y"][None], mean["heat"].shape)), -1))
@@ -3636,9 +3660,11 @@ class RepresentationAnalyzer:
 
 
 def student_id(student: nn.Module) -> str:
-    """Content hash of a model's weights: the same for a model and what was saved of it."""
+    """Content hash of a model's weights and spikes: the same for a model and what was saved of it."""
     tied = (getattr(student, "_tied_weights_keys", None) or {}) if student.config.tie_word_embeddings else {}
-    return content_hash(*(part for name, value in sorted(student.state_dict().items()) if name not in tied
+    config = {name: getattr(student.config, name, None) for name in (
+        "spike_kind", "encoder_kind", "spike_sites", "threshold", "state_kind", "output_order", "recurrence")}
+    return content_hash(json.dumps(config), *(part for name, value in sorted(student.state_dict().items()) if name not in tied
                           for part in (name, value.detach().cpu().float().contiguous().numpy().tobytes())))
 
 
@@ -3685,7 +3711,7 @@ class ValidationResult:
         metrics = {}
         for name, (interval, margin) in _GATES.items():
             margins = {site: margin(row) for site, row in self.sites.items()}
-            worst = min(margins, key=lambda site: (margins[site], -len(site)))
+            worst = min(margins, key=margins.get)
             row = self.sites[worst]
             ends = [margin({**row, name: end}) for end in row[interval]]
             passed = sum(m >= 0 if name == "firing rate" else m > 0 for m in margins.values())
@@ -3718,14 +3744,15 @@ class ValidationResult:
                 "site": name, "dead %": f"{100 * s['dead channels']:.1f}", "saturated %": f"{100 * s['saturated channels']:.1f}",
                 "sign-locked %": f"{100 * s['sign-locked channels']:.1f}", "firing rate": ci("firing rate"),
                 "entropy, bits": f"{s['entropy']:.3f} ({100 * s['entropy share']:.0f} %)",
-                "MI probe, bits": ci("mutual information"), "null": f"{s['mutual information null']:.3f}",
+                "MI probe, bits": ci("mutual information"), "of H(S)": f"{100 * s['share of entropy']:.0f} %", "null": f"{s['mutual information null']:.3f}",
                 "channels with q < 0.05": f"{100 * s['informative channels']:.0f} %", "MI Miller-Madow (null)":
                 f"{s['Miller-Madow']:.3f} ({s['Miller-Madow null']:.3f})", "MI founders' (noise)":
                 f"{s['founders MI']:.3f} ({s['founders MI noise']:.3f})", "teacher layer": str(s["teacher layer"]),
                 "CKA": ci("CKA"), "CKA null": f"{s['CKA null']:.3f}", "untrained": f"{s['CKA control']:.3f}",
-                "raw": f"{s['CKA raw']:.3f}", "biased (noise)": f"{s['CKA biased']:.3f} ({s['CKA biased noise']:.3f})",
+                "raw": f"{s['CKA raw']:.3f}", "biased (shuffled; noises)": f"{s['CKA biased']:.3f} ({s['CKA biased shuffled']:.3f}; {s['CKA biased noise']:.3f})",
                 "participation ratio": f"{s['participation ratio']:.1f} of {s['channels']}",
-                "mean |r|": f"{s['correlation']:.3f}", "next token, bits": f"{s['next token']:.3f}",
+                "mean |r|": f"{s['correlation']:.3f}", "next token, bits (null)":
+                f"{ci('next token')} ({s['next token null']:.3f})",
                 "beyond teacher (null)":
                 f"{ci('beyond teacher')} ({s['beyond teacher null']:.3f})"})
         return rows
@@ -3793,14 +3820,14 @@ class SpikingBrainValidator:
                                            disable=not progress)
         for name, spikes in bar:
             levels, x = record.levels[name], components[layer_of[name]]
-            health = self.health.check(spikes, record.window, record.position, levels)
+            health = self.health.check(spikes, record.window, record.position, levels, name in record.binary)
             kept = np.linspace(0, spikes.shape[1] - 1, min(spikes.shape[1], self.max_channels)).astype(int)
             some = inner.spikes[name][:, kept]
             probe = self.information.probe(x, some, inner.window, levels)
             plug_in = self.information.plug_in(x, some, inner.window, levels)
             plain, noise = self.information.founders(x, some, levels)
-            told = {"next token": math.nan, "beyond teacher": math.nan, "beyond teacher null": math.nan,
-                    "beyond teacher interval": (math.nan, math.nan)}
+            told = {f"{what}{part}": (math.nan, math.nan) if part == " interval" else math.nan
+                    for what in ("next token", "beyond teacher") for part in ("", " interval", " null")}
             if following is not None:
                 told = self.information.next_token(x, following, some, inner.next_token, inner.window, levels)
             found = cka["sites"][name]
@@ -3810,13 +3837,13 @@ class SpikingBrainValidator:
             sites[name] = {
                 **{key: value for key, value in health.items() if key not in array},
                 "mutual information": probe["mean"], "mutual information interval": probe["interval"],
-                "mutual information null": probe["null mean"], "mutual information null high": probe["null high"],
+                "mutual information null": probe["null high"], "mutual information null mean": probe["null mean"],
                 "mutual information p": probe["mean p"], "informative channels": float((probe["q"] < 0.05).mean()),
                 "share of entropy": probe["mean"] / max(1e-9, float(health["entropies"][kept].mean())),
                 "Miller-Madow": plug_in["mean"], "Miller-Madow null": plug_in["null high"], "founders MI": plain,
                 "founders MI noise": noise, **told, "CKA": found["CKA"], "CKA interval": found["interval"],
                 "CKA null": found["null high"], "CKA p": found["p"], "teacher layer": found["teacher layer"],
-                **{f"CKA {key}": found[key] for key in ("control", "raw", "biased", "biased noise", "minibatches", "n")}}
+                **{f"CKA {key}": found[key] for key in ("control", "raw", "biased", "biased shuffled", "biased noise", "minibatches", "n")}}
             if self.ksg:
                 sites[name]["KSG"] = self.information.ksg(x, some)
         facts = {"version": "v15", "asnn_common": __version__, "tokens": len(record.window),
@@ -3971,13 +3998,14 @@ class Remediation:
     `threshold`: the spikes' threshold becomes this one (None: stays). With `mixed_fixed`, the founders' mixture of token
     and channel with a channel statistic that is fixed at inference, that statistic is calibrated so that each channel
     fires as often as before, or at the end of `rate_band` that it was beyond. `recentre`: biases move the median of
-    each channel of keys and values to zero. `rate_weight`: pulls the firing rate of each channel into `rate_band`. `align_weight`: pulls
+    each channel of keys and values to zero, `unlock` only of those that show one sign. `rate_weight`: pulls the firing rate of each channel into `rate_band`. `align_weight`: pulls
     keys and values to ternary teacher targets. Steps and learning rates are those of the recipe given to `remediate`,
     times `lr_scale`.
     """
 
     threshold: str | None = "mixed_fixed"
     recentre: bool = True
+    unlock: bool = True
     rate_weight: float = 1.0
     rate_band: tuple[float, float] = (0.22, 0.58)
     align_weight: float = 0.05
@@ -4003,7 +4031,7 @@ class Remediation:
         silent = bool(failed & {"mutual information", "CKA"})
         rates = bool(failed & {"firing rate", "dead channels", "saturated channels"})
         return cls(**{"threshold": "mixed_fixed" if rates else None, "rate_weight": float(rates), "recentre": silent,
-                      "align_weight": 0.05 * silent, **values})
+                      "unlock": "saturated channels" in failed, "align_weight": 0.05 * silent, **values})
 
 
 def ternary_targets(hidden: Tensor, width: int) -> Tensor:
@@ -4021,10 +4049,12 @@ def ternary_targets(hidden: Tensor, width: int) -> Tensor:
 class RemediationObjective(Distiller):
     """Distillation with the terms of a Remediation beside it."""
 
-    def __init__(self, student: GooseForCausalLM, teacher: nn.Module, recipe: Recipe, settings: Remediation):
+    def __init__(self, student: GooseForCausalLM, teacher: nn.Module, recipe: Recipe, settings: Remediation,
+                 layer_of: dict[str, int] | None = None):
         super().__init__(student, teacher, recipe)
         self.settings = settings
-        self._ends = span_ends(len(transformer_blocks(student)), len(transformer_blocks(teacher)))
+        self._layer_of = layer_of or SpikingBrainValidator().layer_of(
+            spike_modules(student), len(transformer_blocks(student)), len(transformer_blocks(teacher)))
 
     @staticmethod
     def _rate(module: nn.Module, x: Tensor, spikes: Tensor) -> Tensor:
@@ -4034,7 +4064,8 @@ class RemediationObjective(Distiller):
             theta = module.alpha.float().abs() * x.float().abs().mean(-1, keepdim=True).detach()
         else:
             theta = module.theta(x)[0]
-        soft = torch.sigmoid((x.float().abs() / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
+        x = x.float() if module.kind == "binary" else x.float().abs()
+        soft = torch.sigmoid((x / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
         return (spikes != 0).float().flatten(0, -2).mean(0) + soft - soft.detach()
 
     def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
@@ -4042,7 +4073,7 @@ class RemediationObjective(Distiller):
         """input_ids, labels (B, T) -> loss and its terms, `rate` and `spike alignment` among them."""
         rates, fired, handles = [], {}, []
         low, high = self.settings.rate_band
-        for name, module in spike_modules(self.student).items():
+        for name, module in spike_modules(self.student).items() if self.settings.rate_weight else ():
             def keep(module, args, output, name=name):
                 spikes = fired[name]
                 rate = self._rate(module, args[0], spikes.detach())
@@ -4051,7 +4082,7 @@ class RemediationObjective(Distiller):
             handles.append(module.register_forward_hook(keep))
         try:
             with spike_hooks(self.student, lambda name, spikes: fired.__setitem__(name, spikes)), \
-                    capture_blocks(self.teacher, set(self._ends)) as blocks:
+                    capture_blocks(self.teacher, set(self._layer_of.values()) if self.settings.align_weight else ()) as blocks:
                 loss, terms = super().forward(input_ids, labels, step, want_ce)
         finally:
             for handle in handles:
@@ -4063,7 +4094,7 @@ class RemediationObjective(Distiller):
             errors = []
             for name, spikes in fired.items():
                 if name.split(".", 1)[-1] in ("k", "v"):
-                    state = blocks[self._ends[int(name.split(".")[0])]][1][:, 1:]  # position 0 is GPT-2's outlier
+                    state = blocks[self._layer_of[name]][1][:, 1:]  # position 0 is GPT-2's outlier
                     target = ternary_targets(state, spikes.shape[-1]).to(spikes.device)
                     errors.append((spikes[:, 1:].float() - target).square().mean())
             terms["spike alignment"] = torch.stack(errors).mean()
@@ -4076,18 +4107,18 @@ def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: 
     """A copy of the student with the threshold and the centres of `settings`, calibrated on input_ids (B, T)."""
     config = GooseConfig.from_dict({**student.config.to_dict(), **(
         {} if settings.threshold is None else {"threshold": settings.threshold}), **(
-        {"projection_bias": True} if settings.recentre else {})})
+        {"projection_bias": True} if settings.recentre or settings.unlock else {})})
     device = next(student.parameters()).device
-    copy = GooseForCausalLM(config)
-    copy.load_state_dict(student.state_dict(), strict=False)  # what is new, biases and channel means, starts at 0 and 1
-    copy = copy.to(device).eval()
+    mended = GooseForCausalLM(config)
+    mended.load_state_dict(student.state_dict(), strict=False)  # what is new, biases and channel means, starts at 0 and 1
+    mended = mended.to(device).eval()
     seen: dict[str, Tensor] = {}
 
     def run() -> None:
         handles = [module.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(
-            name, args[0].float().flatten(0, -2))) for name, module in spike_modules(copy).items()]
+            name, args[0].float().flatten(0, -2))) for name, module in spike_modules(mended).items()]
         try:
-            copy.base_model(input_ids.to(device), use_cache=False)
+            mended.base_model(input_ids.to(device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -4096,15 +4127,16 @@ def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: 
         student.base_model(input_ids.to(device), use_cache=False)
     rates = {name: (spikes != 0).float().mean(0).clamp(*settings.rate_band).to(device)
              for name, spikes in capture.spikes().items()}
+    one_sign = {name: ((spikes > 0).any(0) != (spikes < 0).any(0)).to(device) for name, spikes in capture.spikes().items()}
 
     def quantiles(x: Tensor, share: Tensor) -> Tensor:  # what `share` of each channel's values exceeds
         return torch.stack([column.quantile(1 - part) for column, part in zip(x.t(), share)])
 
-    for name, module in spike_modules(copy).items():  # in order: a site sees what the mended ones before it do
-        if isinstance(module, TernarySpike) and settings.recentre:
+    for name, module in spike_modules(mended).items():  # in order: a site sees what the mended ones before it do
+        if isinstance(module, TernarySpike) and (settings.recentre or settings.unlock) and module.kind != "binary":
             run()
-            mix = transformer_blocks(copy)[int(name.split(".")[0])].time_mix
-            (mix.key if name.endswith(".k") else mix.value).bias -= seen[name].median(0).values
+            mix, median = transformer_blocks(mended)[int(name.split(".")[0])].time_mix, seen[name].median(0).values
+            (mix.key if name.endswith(".k") else mix.value).bias -= median if settings.recentre else median * one_sign[name]
         if settings.threshold == "mixed_fixed":
             run()
             x = seen[name] - (module.centre if isinstance(module, SpikeEncoder) else 0)
@@ -4114,7 +4146,7 @@ def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: 
                 module.alpha.copy_(quantiles(x / token, rates[name]).clamp_min(1e-6))
             else:
                 module.channel_mean.copy_((quantiles(x / token.sqrt(), rates[name]).clamp_min(1e-6) / alpha).square())
-    return copy
+    return mended
 
 
 class RemediationResult(NamedTuple):
@@ -4165,7 +4197,7 @@ def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSamp
                             matrix_lr=None if recipe.matrix_lr is None else recipe.matrix_lr * settings.lr_scale)
     before, ppl_before = before or validate(student), ppl(student)
     mended = prepare_remedy(student, settings, sampler.batch(0, recipe.batch_size)[0])
-    objective = RemediationObjective(mended, teacher, recipe, settings)
+    objective = RemediationObjective(mended, teacher, recipe, settings, before.meta.get("layer_of"))
     training = fit(objective, sampler, FitConfig.from_recipe(recipe, eval_every=10**9, patience=None), None, folder,
                    description)
     mended = mended.to(next(student.parameters()).device).eval()
@@ -4173,6 +4205,346 @@ def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSamp
     after.meta |= {"PPL rise": round(ppl_after / ppl_before - 1, 12), "PPL before": ppl_before, "PPL after": ppl_after,
                    "remedy of": before.meta.get("student"), "remedy": dataclasses.asdict(settings)}
     return RemediationResult(mended, before, after, ppl_before, ppl_after, training)
+
+
+# ======================================================================================================
+# 9  Sparse
+# ======================================================================================================
+#
+# A product of weights and spikes reads only the weights of channels that fired. X inputs, `out` outputs, n tokens.
+# Weights are kept as rows (X, out), one for each input channel, so that what a spike needs lies together.
+
+BACKENDS = ("dense", "gather", "gather_int8", "csr", "coo", "block")
+EXACT = tuple(name for name in BACKENDS if name != "gather_int8")  # but for the order of the sum
+BLOCK = 32  # input channels that the backend `block` skips together
+
+
+class SpikeVector(NamedTuple):
+    """What a folded encoder passes to a folded Linear: spikes (..., X) in small integers, scale (..., 1)."""
+
+    spikes: Tensor
+    scale: Tensor
+
+
+def dense_product(rows: Tensor, spikes: Tensor) -> Tensor:
+    """rows (X, out), spikes (n, X) -> (n, out): the reference for the other backends, all with this signature."""
+    return spikes @ rows
+
+
+def _events(spikes: Tensor, bags: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(channel, value, offsets) of the non-zero spikes (n, X), each token's in `bags` bags of about the same size."""
+    n, X = spikes.shape
+    index = spikes.flatten().nonzero().squeeze(1)  # (events,)
+    if n == 1:
+        edges = torch.arange(bags, device=index.device) * len(index) // bags
+    else:
+        edges = torch.searchsorted(index, torch.arange(n * bags, device=index.device) * X // bags)
+    return index % X if n > 1 else index, spikes.flatten()[index], edges
+
+
+def _bags(n: int) -> int:
+    """One bag runs on one thread: a single token is split over all of them. X is a multiple of no number in
+    particular, so several tokens get one bag each."""
+    return max(1, torch.get_num_threads()) if n == 1 else 1
+
+
+def gather_product(rows: Tensor, spikes: Tensor) -> Tensor:
+    """Adds and subtracts the rows of channels that fired: one fused kernel, on the CPU and on CUDA."""
+    bags = _bags(len(spikes)) if rows.device.type == "cpu" else 1
+    index, value, offsets = _events(spikes, bags)
+    out = F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=value.to(rows.dtype))  # (n bags, out)
+    return out.view(len(spikes), bags, -1).sum(1) if bags > 1 else out
+
+
+def gather_static(rows: Tensor, spikes: Tensor, capacity: int) -> Tensor:
+    """The same with a fixed number of rows, as a CUDA graph needs: the `capacity` largest spikes, silent ones with
+    weight 0. More spikes than that make the result NaN, which cannot be overlooked."""
+    require(capacity >= 1, "capacity", capacity, "a whole number from 1")
+    value, index = spikes.abs().topk(min(capacity, spikes.shape[-1]), -1)  # (n, capacity)
+    value = spikes.gather(-1, index)
+    lost = (spikes != 0).sum(-1, keepdim=True) > index.shape[-1]
+    out = F.embedding_bag(index, rows, mode="sum", per_sample_weights=value.to(rows.dtype))
+    return out.masked_fill(lost, math.nan)
+
+
+def pack_rows(rows: Tensor) -> Tensor:
+    """rows (X, out) in int8 with a scale and an offset for each row: (X, out + 8) bytes, for gather_int8_product."""
+    return torch.ops.quantized.embedding_bag_byte_prepack(rows.float().cpu())
+
+
+def gather_int8_product(packed: Tensor, spikes: Tensor) -> Tensor:
+    """`gather_product` on packed rows, a fourth of the bytes at a relative error of about 0.7 %; CPU only."""
+    bags = _bags(len(spikes))
+    index, value, offsets = _events(spikes, bags)
+    out = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(packed, index, offsets, False, 0, False, value.float(),
+                                                                 None, False)
+    return out.view(len(spikes), bags, -1).sum(1) if bags > 1 else out
+
+
+def csr_product(rows: Tensor, spikes: Tensor) -> Tensor:
+    """The library's compressed sparse rows."""
+    with warnings.catch_warnings():  # "beta state"
+        warnings.simplefilter("ignore", UserWarning)
+        return spikes.to_sparse_csr() @ rows
+
+
+def coo_product(rows: Tensor, spikes: Tensor) -> Tensor:
+    """The library's coordinate format."""
+    return torch.sparse.mm(spikes.to_sparse_coo(), rows)
+
+
+def block_product(rows: Tensor, spikes: Tensor) -> Tensor:
+    """Skips blocks of BLOCK channels in which no token fired."""
+    X, pad = rows.shape[0], -rows.shape[0] % BLOCK
+    active = F.pad(spikes.ne(0).any(0), (0, pad)).view(-1, BLOCK).any(1).repeat_interleave(BLOCK)[:X]
+    index = active.nonzero().squeeze(1)
+    return spikes[:, index] @ rows[index]
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dense": dense_product, "gather": gather_product, "gather_int8": gather_int8_product, "csr": csr_product,
+    "coo": coo_product, "block": block_product}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median and quartiles over `runs` interleaved measurements."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+def time_interleaved(calls: dict[str, Callable[[], Any]], runs: int = 7, min_seconds: float = 2e-3) -> dict[str, Timing]:
+    """Times functions in turns, so that what disturbs the machine disturbs all of them. Each measurement is a block of
+    calls of at least `min_seconds`, by torch.utils.benchmark, with a warm-up outside the clock."""
+    benchmark = import_optional("torch.utils.benchmark")
+    timers = {name: benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+              for name, call in calls.items()}
+    number = {name: max(1, round(min_seconds / max(1e-7, timer.timeit(2).median))) for name, timer in timers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, timer in timers.items():
+            seconds[name].append(timer.timeit(number[name]).median)
+    quantiles = {name: np.quantile(values, (0.5, 0.25, 0.75)) for name, values in seconds.items()}
+    return {name: Timing(float(m), float(low), float(high), runs) for name, (m, low, high) in quantiles.items()}
+
+
+def random_spikes(n: int, X: int, density: float, generator: torch.Generator | None = None) -> Tensor:
+    """Ternary spikes (n, X) of which each is non-zero with probability `density`."""
+    sign = torch.where(torch.rand(n, X, generator=generator) < 0.5, -1.0, 1.0)
+    return sign * (torch.rand(n, X, generator=generator) < density)
+
+
+def out_of_cache(make: Callable[[], Tensor], total: int = 96 * 2**20) -> Iterator[Tensor]:
+    """Endless turns through copies of a tensor, together `total` bytes, larger than the caches of a CPU."""
+    first = make()
+    copies = [first] + [first.clone() for _ in range(min(64, total // max(1, first.numel() * first.element_size())))]
+    return itertools.cycle(copies)
+
+
+class ProductBench:
+    """Products of one shape (X, out) by every backend and by a Linear, on weights out of cache."""
+
+    def __init__(self, X: int, out: int, backends: Iterable[str] = BACKENDS, device: torch.device | str = "cpu"):
+        self.X, self.out, self.device = X, out, device
+        self.backends = [name for name in backends if name != "gather_int8" or torch.device(device).type == "cpu"]
+        self.rows = out_of_cache(lambda: torch.randn(X, out, device=device))
+        self.weights = out_of_cache(lambda: torch.randn(out, X, device=device))
+        if "gather_int8" in self.backends:
+            self.packed = out_of_cache(lambda: pack_rows(torch.randn(X, out)))
+
+    def calls(self, spikes: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """{"Linear" or a backend: its product with spikes (n, X)}, for `time_interleaved`."""
+        turns = lambda name: self.packed if name == "gather_int8" else self.rows  # noqa: E731
+        found = {name: lambda product=PRODUCTS[name], turn=turns(name): product(next(turn), spikes) for name in self.backends}
+        return {"Linear": lambda: F.linear(spikes, next(self.weights)), **found}
+
+
+class BackendTable:
+    """Which backend is fastest for (X, out, tokens, density) on this machine, as measured.
+
+    `rows` are {"in", "out", "tokens", "density", "device", "seconds": {backend, or "Linear" for comparison: median}}.
+    """
+
+    TOKENS, DENSITIES = (1, 4, 16, 64), (0.1, 0.2, 0.4, 0.6, 0.8)
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows = rows
+
+    @classmethod
+    def measure(cls, shapes: Iterable[tuple[int, int]], device: torch.device | str = "cpu", seconds: float = 18.0,
+                backends: Iterable[str] = ("dense", "gather", "gather_int8", "csr"), progress: bool = True) -> BackendTable:
+        """Measures shapes (X, out), weights out of cache, within about `seconds`; the result is kept in the cache under
+        the hardware's name and loaded by the next call."""
+        shapes = sorted(set(shapes))
+        env = environment()
+        key = content_hash("backends 1", json.dumps([env["cpu"], env["gpus"], env["threads"], env["versions"]["torch"],
+                                                     str(device), shapes, sorted(backends)]))
+        path = cache_folder() / "sparse" / f"{key}.json"
+        if path.is_file():
+            return cls(json.loads(path.read_text())["rows"])
+        cells = [(n, density) for n in cls.TOKENS for density in cls.DENSITIES]
+        generator, rows, end = torch.Generator().manual_seed(0), [], time.perf_counter() + seconds
+        bar = import_optional("tqdm").tqdm(total=len(shapes) * len(cells), desc="measuring backends", unit="case",
+                                           mininterval=1.0, disable=not progress)
+        for X, out in shapes:
+            bench = ProductBench(X, out, backends, device)
+            for n, density in cells:
+                calls = bench.calls(random_spikes(n, X, density, generator).to(device))
+                left = max(0.01, end - time.perf_counter()) / (bar.total - bar.n) / len(calls)
+                timing = time_interleaved(calls, runs=3, min_seconds=min(2e-3, left / 6))
+                rows.append({"in": X, "out": out, "tokens": n, "density": density, "device": str(device),
+                             "seconds": {name: t.median for name, t in timing.items()}})
+                bar.update(1)
+        bar.close()
+        write_atomically(path, json.dumps({"environment": env, "rows": rows}, indent=1))
+        return cls(rows)
+
+    def choose(self, X: int, out: int, tokens: int, density: float, exact: bool = True) -> str:
+        """The fastest backend in the nearest cell that was measured; dense for a shape that was not."""
+        near = [row for row in self.rows if (row["in"], row["out"]) == (X, out)]
+        if not near:
+            return "dense"
+        row = min(near, key=lambda row: (abs(math.log(row["tokens"] / tokens)), abs(row["density"] - density)))
+        allowed = {name: value for name, value in row["seconds"].items() if name in (EXACT if exact else BACKENDS)}
+        return min(allowed, key=allowed.get, default="dense")
+
+
+class SpikeEncode(nn.Module):
+    """A SpikeEncoder whose following Linears are folded: it passes on spikes and scale instead of their product."""
+
+    def __init__(self, encoder: SpikeEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> SpikeVector:
+        """x (..., X) -> its spikes and scale."""
+        return SpikeVector(*self.encoder.encode(x))
+
+
+class SpikeLinear(nn.Module):
+    """scale * (spikes @ weight^T) + bias for a SpikeVector, by one of BACKENDS or `auto`.
+
+    `auto` chooses by the number of tokens and the expected density from a BackendTable. Backends that are never chosen
+    keep no copy of the weights.
+    """
+
+    def __init__(self, linear: nn.Linear, backend: str = "auto", density: float = 0.4, table: BackendTable | None = None,
+                 exact: bool = True):
+        super().__init__()
+        require(backend in (*BACKENDS, "auto"), "backend", backend, ", ".join((*BACKENDS, "auto")))
+        require(backend != "auto" or table is not None, "table", table, "a BackendTable for backend auto")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.backend, self.density = backend, density
+        rows = linear.weight.detach().t().contiguous()  # (X, out)
+        self.plan = {n: backend if backend != "auto" else table.choose(*rows.shape, n, density, exact)
+                     for n in BackendTable.TOKENS}
+        used = set(self.plan.values())
+        self.register_buffer("rows", rows if used - {"gather_int8"} else None)
+        self.register_buffer("packed", pack_rows(rows) if "gather_int8" in used else None)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    def backend_for(self, tokens: int) -> str:
+        """The backend for so many tokens at once."""
+        return self.plan[min(self.plan, key=lambda n: abs(math.log(n / max(1, tokens))))]
+
+    def forward(self, x: SpikeVector) -> Tensor:
+        """spikes (..., X), scale (..., 1) -> (..., out)"""
+        flat = x.spikes.reshape(-1, self.in_features)  # (n, X)
+        name = self.backend_for(len(flat))
+        weights = self.packed if name == "gather_int8" else self.rows
+        out = PRODUCTS[name](weights, flat.to(torch.float32 if name == "gather_int8" else weights.dtype))
+        out = x.scale.to(out.dtype) * out.view(*x.spikes.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, backend={self.backend}, plan={self.plan}"
+
+
+class SpikeHead(nn.Module):
+    """A head fed by spikes: the encoder `head_in` and the folded head."""
+
+    def __init__(self, encoder: SpikeEncoder, head: SpikeLinear):
+        super().__init__()
+        self.encode, self.head = SpikeEncode(encoder), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., V)"""
+        return self.head(self.encode(x))
+
+
+def int8_linear(linear: nn.Linear) -> nn.Module:
+    """A Linear with int8 weights, activations quantised as they come (`torch.ao` dynamic quantisation); CPU only."""
+    quantize = import_optional("torch.ao.quantization").quantize_dynamic
+    with warnings.catch_warnings():  # a notice of deprecation at each call
+        warnings.simplefilter("ignore")
+        plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        plain.load_state_dict({k: v.detach().clone().float().cpu() for k, v in linear.state_dict().items()})
+        return quantize(nn.Sequential(plain), {nn.Linear}, dtype=torch.qint8)[0]
+
+
+@torch.no_grad()
+def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dense",
+             density: dict[str, float] | None = None, table: BackendTable | None = None,
+             exact: bool = True) -> GooseForCausalLM:
+    """A decoding copy of a student in which every Linear that an encoder feeds takes spikes and skips the zeros.
+
+    `generate` and the logits are those of the student, up to the order of sums, and to 0.7 % per product with
+    gather_int8. The copy is for inference: its products have no gradient.
+
+    Args:
+        backend: one of BACKENDS or `auto`, which needs a `table` (measured here if there is none) and chooses
+            gather_int8 only with exact=False.
+        head: `dense`, `int8`, or `spikes` where the student has an encoder head_in.
+        density: {"layer.site": share of non-zero spikes} that `auto` counts on; 0.4 where it is not given.
+    Raises:
+        ValueError for a student without encoders: its products are not fed by spikes, and nothing can be skipped.
+    """
+    require(backend in (*BACKENDS, "auto"), "backend", backend, ", ".join((*BACKENDS, "auto")))
+    require(head in ("dense", "int8", "spikes"), "head", head, "dense, int8, spikes")
+    encoders = {name: m for name, m in spike_modules(student).items() if isinstance(m, SpikeEncoder)}
+    if not encoders or student.config.spike_kind == "dense":
+        raise ValueError(f"spike_sites are {student.config.spike_sites} and spike_kind is {student.config.spike_kind}: no "
+                         "matrix product of this student is fed by spikes; train one with recipe v14.4-sites.")
+    require(head != "spikes" or "head_in" in encoders, "head", head, "dense, int8 for a student without the site head_in")
+    copied = copy.deepcopy(student).eval()
+    copied.requires_grad_(False)
+    if backend == "auto" and table is None:
+        D, width = student.config.d_model, student.config.ffn_width
+        shapes = [(D, D), (D, width), (width, D)] + [(D, student.config.vocab_size)] * (head == "spikes")
+        table = BackendTable.measure(shapes, next(student.parameters()).device)
+    make = lambda linear, name, encoder: SpikeLinear(  # noqa: E731
+        encoder.fold(linear), backend, (density or {}).get(name, 0.4), table, exact)
+    for i, block in enumerate(transformer_blocks(copied)):
+        mix, ffn = block.time_mix, block.ffn
+        fed = {"k": ["key", "beta"], "v": ["value"], "r": ["receptance"], "g": ["gate"]}
+        places = [(mix.mix_in, name, [(mix, linear) for linear in fed[name] if getattr(mix, linear, None) is not None],
+                   f"{i}.mix_in.{name}") for name in mix.INPUTS]
+        places += [(mix, "mix_out", [(mix, "output")], f"{i}.mix_out"), (ffn, "ffn_in", [(ffn, "up")], f"{i}.ffn_in"),
+                   (ffn, "ffn_hidden", [(ffn, "down")], f"{i}.ffn_hidden")]
+        for owner, attribute, linears, name in places:
+            encoder = owner[attribute] if isinstance(owner, nn.ModuleDict) else getattr(owner, attribute)
+            if isinstance(encoder, SpikeEncoder):
+                for parent, linear in linears:
+                    setattr(parent, linear, make(getattr(parent, linear), name, encoder))
+                replaced = SpikeEncode(encoder)
+                if isinstance(owner, nn.ModuleDict):
+                    owner[attribute] = replaced
+                else:
+                    setattr(owner, attribute, replaced)
+    if head == "int8":
+        copied.lm_head = int8_linear(copied.lm_head)
+    elif head == "spikes":
+        copied.lm_head = SpikeHead(copied.goose.head_in, make(copied.lm_head, "head_in", copied.goose.head_in))
+        copied.goose.head_in = nn.Identity()
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise ValueError("a sparse copy cannot be saved: save the student it was made of, and call sparsify after loading.")
+
+    copied.save_pretrained = refuse
+    return copied.eval()
 
 
 # ======================================================================================================
@@ -4300,9 +4672,11 @@ def runs(outputs: Path | None = None) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in files]
 
 
-def find_run(name: str | None = None, without: tuple[str, ...] = (), outputs: Path | None = None) -> Path | None:
+def find_run(name: str | None = None, without: tuple[str, ...] = (), sites: tuple[str, ...] = (),
+             outputs: Path | None = None) -> Path | None:
     """The folder of a finished run that left a student: `name` is a folder or "<version>/<run>" below the outputs or an
-    attached input; None takes the newest of a version that is not in `without`. None where there is no run at all.
+    attached input; None takes the newest of a version that is not in `without` whose student has the spike sites
+    `sites`. None where there is none.
 
     Raises ValueError for a name that belongs to no finished run, listing those there are.
     """
@@ -4313,8 +4687,9 @@ def find_run(name: str | None = None, without: tuple[str, ...] = (), outputs: Pa
         return Path(name)
     found = [path.parent for path in (outputs or outputs_folder()).glob("*/*/metrics.json") if finished(path.parent)]
     found += [path for path in attached_folders() if finished(path)]
-    found = [path for path in found if path.parent.name not in without]
     if name is None:
+        found = [path for path in found if path.parent.name not in without and set(sites) <= set(
+            json.loads((path / "student" / "config.json").read_text())["spike_sites"])]
         return max(found, key=lambda path: (path / "metrics.json").stat().st_mtime, default=None)
     known = {f"{path.parent.name}/{path.name}": path for path in reversed(found)}
     require(name in known, "student", name, ", ".join(sorted(known)) or "the folder of a finished run; there is none yet")
@@ -4333,19 +4708,28 @@ def load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, Profile, dict[str,
     return student.eval(), Recipe(**recipe), Profile(**profile), json.loads((folder / "metrics.json").read_text())
 
 
+GATE_TOKENS = 20_000  # a gate over fewer tokens supports no claim
+
+
 def gate_status(student: nn.Module, outputs: Path | None = None) -> tuple[bool, str]:
-    """(gated, sentence): whether the gate in outputs/v15/gate.json, or an attached one, is of this student and passed."""
-    folder = (outputs or outputs_folder()) / "v15"
-    if not (folder / "gate.json").is_file():
-        folder = find_attached(lambda path: path.name == "v15" and (path / "gate.json").is_file())
-    if folder is None:
+    """(gated, sentence): whether this student has passed a gate, here (outputs/v15/) or in an attached input. Of several
+    gates of one student the newest counts."""
+    folders = [(outputs or outputs_folder()) / "v15", *(path for path in attached_folders() if path.name == "v15")]
+    files = [path for folder in folders for path in (*folder.glob("gate.json"), *folder.glob("*/gate.json"))]
+    if not files:
         return False, "ungated: no gate.json was found; run the v15 notebook first"
-    gate = json.loads((folder / "gate.json").read_text())
-    if gate["student"] != student_id(student):
-        return False, f"ungated: the gate that was found is of another student ({gate['student']})"
+    gates = [json.loads(path.read_text()) for path in sorted(files, key=lambda path: -path.stat().st_mtime)]
+    gates += [gate["other"] for gate in gates if gate.get("other")]  # of the student before a remedy, or of a failed one
+    name = student_id(student)
+    gate = next((gate for gate in gates if gate["student"] == name), None)
+    if gate is None:
+        return False, f"ungated: the gates that were found are of other students ({gates[0]['student']})"
     failed = [name for name, entry in gate["metrics"].items() if not entry["pass"]]
-    return not failed, f"ungated: the student failed {', '.join(failed)}" if failed else (
-        f"gated: the student passed all {len(gate['metrics'])} metrics over {gate['tokens']:,} tokens")
+    if failed:
+        return False, f"ungated: the student failed {', '.join(failed)}"
+    if gate["tokens"] < GATE_TOKENS:
+        return False, f"ungated: the gate was passed over {gate['tokens']:,} tokens, and {GATE_TOKENS:,} are needed"
+    return True, f"gated: the student passed all {len(gate['metrics'])} metrics over {gate['tokens']:,} tokens"
 
 
 def quality_table(measured: dict[str, dict[str, Evaluation]]) -> list[dict[str, str]]:

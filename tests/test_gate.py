@@ -26,9 +26,9 @@ def finished(small_recipe, teacher, profile, tmp_path):
     return make
 
 
-def gate_of(student, passed=True):
+def gate_of(student, passed=True, tokens=20_480):
     metrics = {"dead channels": {"pass": True}, "CKA": {"pass": passed}}
-    return {"student": asnn.student_id(student), "metrics": metrics, "tokens": 1024}
+    return {"student": asnn.student_id(student), "metrics": metrics, "tokens": tokens}
 
 
 def test_the_newest_student_is_found_unless_its_version_is_left_out(finished):
@@ -85,11 +85,19 @@ def test_a_claim_is_gated_only_by_a_passed_gate_of_the_same_student(finished, tm
     path = tmp_path / "outputs" / "v15" / "gate.json"
     asnn.write_atomically(path, json.dumps(gate_of(student)))
     gated, why = asnn.gate_status(student)
-    assert gated and why == "gated: the student passed all 2 metrics over 1,024 tokens"
+    assert gated and why == "gated: the student passed all 2 metrics over 20,480 tokens"
     gated, why = asnn.gate_status(other)
-    assert not gated and "of another student" in why
+    assert not gated and "of other students" in why
     asnn.write_atomically(path, json.dumps(gate_of(student, passed=False)))
     assert asnn.gate_status(student) == (False, "ungated: the student failed CKA")
+    asnn.write_atomically(path, json.dumps(gate_of(student, tokens=4096)))
+    assert asnn.gate_status(student) == (False, "ungated: the gate was passed over 4,096 tokens, and 20,000 are needed")
+    # A later validation of another student takes nothing away, and the student before a remedy is known too.
+    asnn.write_atomically(path, json.dumps({**gate_of(other), "other": gate_of(student, passed=False)}))
+    assert asnn.gate_status(other)[0] and "failed CKA" in asnn.gate_status(student)[1]
+    asnn.write_atomically(path.parent / "run" / "gate.json", json.dumps(gate_of(student)))
+    assert asnn.gate_status(student)[0]
+    (path.parent / "run" / "gate.json").unlink()
     # The gate may be in an attached input, with the outputs of an earlier session.
     inputs = tmp_path / "input"
     asnn.write_atomically(inputs / "earlier" / "outputs" / "v15" / "gate.json", json.dumps(gate_of(student)))

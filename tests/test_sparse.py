@@ -1,0 +1,749 @@
+"""Sparse products: every backend against dense, the measured choice among them, and the decoding copy of a student."""
+import copy
+import itertools
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import asnn_common as asnn
+
+V, D = 50, 32
+SIZES = [(1, 3), (7, 5), (33, 1), (64, 40), (257, 100)]  # X, out: below, at and beside multiples of BLOCK
+STUDENTS = {"delta": {"state_kind": "delta", "projection_bias": True},
+            "delta, counts": {"state_kind": "delta", "encoder_kind": "integer:3", "threshold": "channel"},
+            "matrix": {"state_kind": "matrix", "threshold": "mixed"},
+            "vector": {"state_kind": "vector"}}
+FED = {"mix_in.k": "time_mix.key", "mix_in.v": "time_mix.value", "mix_in.r": "time_mix.receptance",
+       "mix_in.g": "time_mix.gate", "mix_out": "time_mix.output", "ffn_in": "ffn.up", "ffn_hidden": "ffn.down"}
+BOUND = {name: 1e-5 if name in asnn.EXACT else 0.02 for name in asnn.BACKENDS}  # relative, in the norm
+
+
+def error(got, expected):
+    """Relative to the norm; an expected zero must be met exactly."""
+    difference = (got.double() - expected.double()).norm().item()
+    return difference / expected.double().norm().item() if expected.any() else math.inf if difference else 0.0
+
+
+def product(name, rows, spikes):
+    return asnn.PRODUCTS[name](asnn.pack_rows(rows) if name == "gather_int8" else rows, spikes)
+
+
+def check_product(name, rows, spikes):
+    """One product against fp64, and its shape; returns its type. The error is relative to the norm that the result
+    has when terms do not cancel, so that a sum that happens to be near zero does not count against its order."""
+    got, rows, spikes = product(name, rows, spikes), rows.double(), spikes.double()
+    assert got.shape == (len(spikes), rows.shape[1])
+    size = (spikes.square() @ rows.square()).sum().sqrt()
+    assert (got - spikes @ rows).norm() <= BOUND[name] * size, (name, tuple(rows.shape), len(spikes))
+    return got.dtype
+
+
+def counts(n, X, density):
+    """Spikes of an encoder of kind integer:3."""
+    return asnn.random_spikes(n, X, density) * torch.randint(1, 4, (n, X))
+
+
+def cell(tokens, density, X=6, out=4, device="cpu", **seconds):
+    return {"in": X, "out": out, "tokens": tokens, "density": density, "device": device, "seconds": seconds}
+
+
+def small_table():
+    """Another backend for each number of tokens, in all shapes that a student of width D has."""
+    winners = dict(zip(asnn.BackendTable.TOKENS, ("gather", "csr", "block", "dense")))
+    return asnn.BackendTable([cell(n, 0.4, X, out, **{name: 1.0 if name == winner else 2.0 for name in asnn.EXACT})
+                              for X, out in ((D, D), (D, 4 * D), (4 * D, D)) for n, winner in winners.items()])
+
+
+def build(**options):
+    """A student whose parameters are all away from their start values, with calibrated encoders at all sites."""
+    torch.manual_seed(0)
+    values = {"vocab_size": V, "d_model": D, "n_layer": 2, "n_positions": 24, "pad_token_id": 0, "head_width": 8,
+              "spike_sites": asnn.SITES, **options}
+    model = asnn.GooseForCausalLM(asnn.GooseConfig(**values)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.normal_(std=0.6 if "embeddings" in name or "positions" in name else 0.25)
+            elif "decay" in name:
+                p.copy_(torch.linspace(-1, 4, p.numel()))
+            else:
+                p.add_(0.2 * torch.rand_like(p))
+    asnn.calibrate_encoders(model, torch.randint(1, V, (8, 24)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def students():
+    """students(name): one of each, built once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = build(**STUDENTS[name])
+        return made[name]
+    return get
+
+
+@pytest.fixture(scope="module")
+def trained(small_recipe, teacher, tokens, cache):
+    """A small student after recipe v14.4-sites, its head fed by spikes too."""
+    recipe = small_recipe("v14.4-sites", spike_sites=asnn.SITES, head_width=8, distill_steps=40, align_steps=0,
+                          anneal_steps=0, ce_start=0, lr=2e-3, matrix_lr=5e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASNN_CACHE", str(cache))
+        sampler = asnn.WindowSampler(tokens["train"], recipe.seq_len, recipe.seed)
+        student = asnn.build_student(recipe, teacher, calibration=sampler.batch(0, 8)[0])
+        settings = asnn.FitConfig.from_recipe(recipe, precision="fp32", log_every=100, eval_every=10**6, patience=None)
+        asnn.fit(asnn.Distiller(student, teacher.model, recipe), sampler, settings)
+    return student.eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, V, (3, 12))
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def generate(model, ids, **options):
+    return model.generate(ids, **{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options})
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, dtype", [*((name, torch.float32) for name in asnn.BACKENDS),
+                                         *((name, torch.float64) for name in asnn.EXACT)])
+def test_a_backend_is_dense_on_random_spikes(name, dtype, threads):
+    for (X, out), n, density in itertools.product(SIZES, (1, 2, 7, 64), (0.02, 0.3, 1.0)):
+        for make in (asnn.random_spikes, counts):
+            assert check_product(name, torch.randn(X, out, dtype=dtype), make(n, X, density).to(dtype)) == dtype
+
+
+@pytest.mark.parametrize("name", asnn.BACKENDS)
+def test_a_backend_is_dense_without_and_with_all_spikes(name, threads):
+    for (X, out), n in itertools.product(SIZES, (1, 2, 7, 64)):
+        rows = torch.randn(X, out)
+        assert torch.equal(product(name, rows, torch.zeros(n, X)), torch.zeros(n, out))
+        for value in (1.0, -1.0, 3.0):
+            check_product(name, rows, torch.full((n, X), value))
+        spikes = torch.zeros(n, X)
+        spikes[n // 2, X - 1] = -2.0  # one event, fewer than there are bags, of the last channel
+        check_product(name, rows, spikes)
+        assert n == 1 or not product(name, rows, spikes)[0].any()
+
+
+@pytest.mark.parametrize("name", asnn.BACKENDS)
+def test_a_backend_is_dense_on_the_spikes_of_a_student(name, trained, tokens, threads):
+    """Each site's spikes into the folded Linear they feed."""
+    with asnn.SpikeCapture(trained) as capture:
+        trained.base_model(torch.from_numpy(tokens["validation"][:48].astype("int64")).view(3, 16), use_cache=False)
+    spikes, encoders = capture.spikes(), asnn.spike_modules(trained)
+    for i, (site, linear) in itertools.product(range(2), FED.items()):
+        rows = encoders[f"{i}.{site}"].fold(asnn.transformer_blocks(trained)[i].get_submodule(linear)).weight.t()
+        real = spikes[f"{i}.{site}"].float()
+        assert 0.05 < real.ne(0).float().mean() < 0.95
+        check_product(name, rows.detach(), real)
+        check_product(name, rows.detach().contiguous(), real[7:8])
+
+
+def test_dense_is_the_plain_product():
+    rows, spikes = torch.randn(33, 11), asnn.random_spikes(5, 33, 0.4)
+    expected = [[sum(spikes[t, x] * rows[x, o] for x in range(33)) for o in range(11)] for t in range(5)]
+    torch.testing.assert_close(asnn.dense_product(rows, spikes), torch.tensor(expected))
+
+
+def test_products_are_listed_once_and_only_int8_rows_are_not_exact():
+    assert tuple(asnn.PRODUCTS) == asnn.BACKENDS
+    assert set(asnn.BACKENDS) - set(asnn.EXACT) == {"gather_int8"}
+
+
+@pytest.mark.parametrize("density", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize("n", [1, 16])
+def test_int8_rows_cost_0_7_percent_of_a_gaussian_product(n, density):
+    rows, spikes = torch.randn(768, 768), asnn.random_spikes(n, 768, density)
+    assert 0.005 < error(product("gather_int8", rows, spikes), spikes @ rows) < 0.009
+
+
+def test_packed_rows_have_a_scale_and_an_offset_each():
+    """Rows of very different size and offset: the error of each is half a step of its own range at most."""
+    rows = torch.randn(40, 100) * torch.logspace(-6, 4, 40).unsqueeze(1) + torch.linspace(-3, 3, 40).unsqueeze(1)
+    rows[3] = 0.0
+    rows[4] = 2.5  # no range
+    packed = asnn.pack_rows(rows)
+    assert packed.dtype == torch.uint8 and packed.shape == (40, 108)
+    unpacked = asnn.gather_int8_product(packed, torch.eye(40))
+    step = (rows.max(1).values - rows.min(1).values) / 255
+    # Half a step, and the rounding of fp32 around an offset.
+    assert ((unpacked - rows).abs().max(1).values <= 0.501 * step + 1e-6 * rows.abs().max(1).values).all()
+    assert torch.equal(unpacked[3], rows[3]) and torch.equal(unpacked[4], rows[4])
+
+
+@pytest.mark.parametrize("bags", [1, 2, 3, 5])
+@pytest.mark.parametrize("n, X, density", [(1, 37, 0.4), (1, 37, 0.05), (1, 8, 0.0), (1, 8, 1.0), (4, 37, 0.3),
+                                           (3, 40, 0.0), (5, 7, 0.9)])
+def test_events_are_the_spikes_in_bags_of_their_token(n, X, density, bags):
+    spikes = counts(n, X, density)
+    index, value, offsets = asnn._events(spikes, bags)
+    token, channel = spikes.nonzero().unbind(1)
+    assert torch.equal(index, channel) and torch.equal(value, spikes[token, channel])
+    assert offsets.shape == (n * bags,) and offsets[0] == 0 and (offsets.diff() >= 0).all()
+    ends = torch.cat((offsets, torch.tensor([len(index)])))
+    sizes = ends.diff().view(n, bags)
+    assert torch.equal(sizes.sum(1), (spikes != 0).sum(1))  # no bag holds the events of two tokens
+    if n == 1:
+        assert sizes.max() - sizes.min() <= 1
+
+
+def test_a_single_token_takes_as_many_bags_as_threads(threads, monkeypatch):
+    asked, events = [], asnn._events
+    monkeypatch.setattr(asnn, "_events", lambda spikes, bags: asked.append(bags) or events(spikes, bags))
+    for n in (1, 2, 9):
+        for name in ("gather", "gather_int8"):
+            product(name, torch.randn(20, 6), asnn.random_spikes(n, 20, 0.5))
+    assert asked == [threads, threads, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("make", [asnn.random_spikes, counts])
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_static_gather_is_dense_or_nan(make, n):
+    rows, spikes = torch.randn(33, 11), make(n, 33, 0.4)
+    spikes[0] = 0.0
+    spikes[0, :9] = 1.0
+    fired = (spikes != 0).sum(1)
+    for capacity in (1, 8, 9, 10, int(fired.max()), 33, 50):
+        out = asnn.gather_static(rows, spikes, capacity)
+        assert out.shape == (n, 11)
+        lost = fired > capacity
+        assert out[lost].isnan().all() and error(out[~lost], (spikes @ rows)[~lost]) < 1e-5
+    assert torch.equal(asnn.gather_static(rows, torch.zeros(n, 33), 4), torch.zeros(n, 11))
+    assert asnn.gather_static(rows, torch.ones(n, 33), 32).isnan().all()
+    close(asnn.gather_static(rows, -torch.ones(n, 33), 33), -rows.sum(0).expand(n, -1))
+
+
+def test_a_static_gather_reads_as_many_rows_whatever_fired(monkeypatch):
+    """What a CUDA graph records must not depend on the spikes."""
+    shapes, bag = [], torch.nn.functional.embedding_bag
+
+    def spy(index, *args, **options):
+        shapes.append((tuple(index.shape), tuple(options["per_sample_weights"].shape)))
+        return bag(index, *args, **options)
+    monkeypatch.setattr(asnn.F, "embedding_bag", spy)
+    for density in (0.0, 0.2, 1.0):
+        asnn.gather_static(torch.randn(33, 11), asnn.random_spikes(4, 33, density), 9)
+    assert shapes == [((4, 9), (4, 9))] * 3
+
+
+def test_block_multiplies_only_blocks_in_which_something_fired():
+    X = 3 * asnn.BLOCK + 5
+    rows, spikes = torch.randn(X, 7), torch.zeros(2, X)
+    rows[asnn.BLOCK:2 * asnn.BLOCK] = math.nan  # would spread if it were read
+    spikes[0, 3] = spikes[1, 2 * asnn.BLOCK] = 1.0
+    spikes[1, X - 1] = -1.0
+    close(asnn.block_product(rows, spikes), torch.stack((rows[3], rows[2 * asnn.BLOCK] - rows[-1])))
+
+
+@pytest.mark.parametrize("name", ["gather", "gather_int8", "csr", "coo", "block"])
+def test_channels_that_are_silent_are_not_read(name):
+    rows, spikes = torch.randn(96, 7), torch.zeros(1, 96)
+    spikes[0, 5] = 1.0
+    rows[40:] = math.nan
+    assert product(name, rows, spikes).isfinite().all()
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def test_timings_tell_slow_from_quick_and_are_taken_in_turns():
+    called = []
+    calls = {"slow": lambda: called.append("slow") or time.sleep(5e-3),
+             "quick": lambda: called.append("quick") or time.sleep(1e-3)}
+    timing = asnn.time_interleaved(calls, runs=5, min_seconds=1e-3)
+    assert list(timing) == ["slow", "quick"]
+    assert timing["slow"].median > timing["quick"].median > 9e-4 and timing["slow"].median > 4.5e-3
+    assert all(0 < t.low <= t.median <= t.high and t.runs == 5 for t in timing.values())
+    assert [name for name, _ in itertools.groupby(called)] == ["slow", "quick"] * 6  # to know how often, 5 runs
+
+
+def test_short_calls_are_timed_in_blocks():
+    called = []
+    timing = asnn.time_interleaved({"short": lambda: called.append(0)}, runs=3, min_seconds=2e-3)
+    assert len(called) > 300 and timing["short"].median < 2e-4
+
+
+def test_copies_out_of_cache_have_equal_content_and_storage_of_their_own():
+    made = []
+    turns = asnn.out_of_cache(lambda: made.append(torch.randn(50, 20)) or made[-1], total=10 * 4000)
+    first, second = ([next(turns) for _ in range(11)] for _ in range(2))
+    assert len(made) == 1 and all(torch.equal(t, made[0]) for t in first)
+    assert len({t.data_ptr() for t in first}) == 11
+    assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
+    assert sum(t.numel() * t.element_size() for t in first) >= 10 * 4000
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.4, 1.0])
+def test_random_spikes_are_ternary_of_the_density_asked_for(density):
+    spikes = asnn.random_spikes(64, 999, density, torch.Generator().manual_seed(1))
+    assert spikes.shape == (64, 999) and spikes.dtype == torch.float32
+    assert set(spikes.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    active = spikes.ne(0).float().mean().item()
+    assert active == pytest.approx(density, abs=4 * math.sqrt(density * (1 - density) / spikes.numel()) + 1e-12)
+    assert density == 0 or abs(spikes.sum().item()) < 5 * math.sqrt(density * spikes.numel())  # as many of each sign
+    assert torch.equal(spikes, asnn.random_spikes(64, 999, density, torch.Generator().manual_seed(1)))
+
+
+def test_a_bench_calls_every_product_on_weights_of_its_shape():
+    bench, spikes = asnn.ProductBench(33, 11), asnn.random_spikes(3, 33, 0.4)
+    calls = bench.calls(spikes)
+    assert list(calls) == ["Linear", *asnn.BACKENDS]
+    assert {call().shape for call in calls.values()} == {(3, 11)}
+    rows, weights = next(bench.rows), next(bench.weights)
+    assert next(bench.rows).data_ptr() != rows.data_ptr() and next(bench.weights).data_ptr() != weights.data_ptr()
+    bench.weights, bench.rows, bench.packed = (itertools.repeat(t) for t in (rows.t(), rows, asnn.pack_rows(rows)))
+    for name, call in bench.calls(spikes).items():
+        assert error(call(), spikes @ rows) < BOUND.get(name, 1e-5)
+    assert list(asnn.ProductBench(33, 11, ("csr", "gather")).calls(spikes)) == ["Linear", "csr", "gather"]
+    # Only the CPU has int8 rows; `meta` stands for any other device.
+    assert asnn.ProductBench(33, 11, device="meta").backends == list(asnn.EXACT)
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """measure(shapes, **options) with a cache of its own, which it returns as the second item."""
+    monkeypatch.setenv("ASNN_CACHE", str(tmp_path / "cache"))
+
+    def run(shapes, **options):
+        return asnn.BackendTable.measure(shapes, **{"seconds": 0.1, "progress": False, **options})
+    run.folder = tmp_path / "cache" / "sparse"
+    return run
+
+
+def no_measuring(*_args, **_options):
+    raise AssertionError("measured again")
+
+
+def test_a_table_has_every_cell_and_is_measured_once(measure, monkeypatch):
+    table = measure([(7, 5), (5, 7)])
+    cells = {(r["in"], r["out"], r["tokens"], r["density"]) for r in table.rows}
+    expected = set(itertools.product((7, 5), (5, 7), asnn.BackendTable.TOKENS, asnn.BackendTable.DENSITIES))
+    assert cells == {c for c in expected if c[0] != c[1]} and len(table.rows) == len(cells)
+    for row in table.rows:
+        assert row["device"] == "cpu" and set(row["seconds"]) == {"Linear", "dense", "gather", "gather_int8", "csr"}
+        assert all(0 < value < 1 for value in row["seconds"].values())
+    for row, exact in itertools.product(table.rows, (True, False)):
+        name = table.choose(row["in"], row["out"], row["tokens"], row["density"], exact)
+        assert row["seconds"][name] <= row["seconds"]["dense"]  # never slower where it was measured
+    monkeypatch.setattr(asnn, "time_interleaved", no_measuring)
+    for shapes in ([(7, 5), (5, 7)], [(5, 7), (7, 5), (7, 5)]):
+        assert measure(shapes).rows == table.rows
+    with pytest.raises(AssertionError, match="measured again"):
+        measure([(7, 5)])
+
+
+def fake_timing(calls, **_options):
+    return {name: asnn.Timing(1.0, 1.0, 1.0, 1) for name in calls}
+
+
+def test_the_file_of_a_table_names_the_hardware_and_belongs_to_it(measure, monkeypatch):
+    monkeypatch.setattr(asnn, "time_interleaved", fake_timing)
+    env = asnn.environment()
+    measure([(7, 5)])
+    kept = json.loads(next(measure.folder.iterdir()).read_text())
+    assert kept["environment"] == env and kept["environment"]["cpu"] and kept["environment"]["threads"] == 1
+    measure([(7, 5)], backends=("dense", "gather"))
+    for change in ({"cpu": "another one"}, {"threads": 5}, {"gpus": ["T4, 15 GiB"]}, {"versions": {"torch": "9.9"}}):
+        monkeypatch.setattr(asnn, "environment", lambda change=change: {**env, **change})
+        measure([(7, 5)])
+    assert len(list(measure.folder.iterdir())) == 6
+
+
+def test_int8_rows_are_not_measured_where_they_cannot_run(measure, monkeypatch):
+    """Only the CPU has them; `meta` stands for any other device."""
+    monkeypatch.setattr(asnn, "time_interleaved", fake_timing)
+    rows = measure([(7, 5)], device="meta").rows
+    assert {tuple(row["seconds"]) for row in rows} == {("Linear", "dense", "gather", "csr")}
+    assert {row["device"] for row in rows} == {"meta"}
+
+
+TABLE = [cell(1, 0.2, dense=5.0, gather=2.0, gather_int8=1.0), cell(1, 0.8, dense=2.0, gather=3.0, gather_int8=1.0),
+         cell(8, 0.2, dense=5.0, csr=1.0, gather=2.0, gather_int8=3.0),
+         cell(8, 0.8, dense=1.0, csr=2.0, gather_int8=4.0),
+         cell(64, 0.5, dense=1.0, block=0.9, gather_int8=0.8), cell(1, 0.2, 4, 6, dense=1.0, coo=0.5)]
+
+
+@pytest.mark.parametrize("tokens, density, exact, inexact", [
+    (1, 0.2, "gather", "gather_int8"), (1, 0.0, "gather", "gather_int8"), (1, 0.49, "gather", "gather_int8"),
+    (1, 0.51, "dense", "gather_int8"), (2, 0.2, "gather", "gather_int8"), (4, 0.2, "csr", "csr"),
+    (22, 0.9, "dense", "dense"), (23, 0.2, "block", "gather_int8"), (500, 1.0, "block", "gather_int8")])
+def test_the_fastest_backend_of_the_nearest_cell_is_chosen(tokens, density, exact, inexact):
+    table = asnn.BackendTable(TABLE)
+    assert table.choose(6, 4, tokens, density) == table.choose(6, 4, tokens, density, exact=True) == exact
+    assert table.choose(6, 4, tokens, density, exact=False) == inexact
+    assert table.choose(4, 6, 1, density) == "coo"
+    assert table.choose(6, 6, tokens, density, exact=False) == "dense"  # not measured
+
+
+@pytest.mark.parametrize("rows", [[], [cell(1, 0.2, gather_int8=1.0)]])
+def test_dense_is_chosen_where_nothing_allowed_was_measured(rows):
+    assert asnn.BackendTable(rows).choose(6, 4, 1, 0.2, exact=True) == "dense"
+
+
+# ---- SpikeLinear ---------------------------------------------------------------------------------
+
+
+def encoder(kind="ternary", width=37, dtype=torch.float32):
+    """An encoder with no parameter at its start value."""
+    module = asnn.SpikeEncoder(width, kind).to(dtype)
+    with torch.no_grad():
+        module.centre.normal_()
+        for p in (module.alpha, module.amplitude):
+            p.uniform_(0.4, 1.2)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["ternary", "integer:3"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", asnn.BACKENDS)
+def test_a_spike_linear_is_the_linear_after_its_encoder(name, bias, kind, dtype):
+    before, linear = encoder(kind, dtype=dtype), nn.Linear(37, 11, bias=bias, dtype=dtype)
+    module = asnn.SpikeLinear(before.fold(linear), name)
+    bound = 1e-10 if dtype == torch.float64 and name in asnn.EXACT else BOUND[name]
+    for shape in ((37,), (1, 37), (2, 1, 37), (3, 5, 37)):
+        x = (2 * torch.randn(shape) + 0.5).to(dtype)
+        out = module(asnn.SpikeEncode(before)(x))
+        assert out.shape == (*shape[:-1], 11) and out.dtype == dtype
+        assert error(out, linear(before(x))) < bound
+
+
+@pytest.mark.parametrize("name", asnn.BACKENDS)
+def test_a_spike_linear_is_scale_times_spikes_times_weight_plus_bias(name, threads):
+    for bias in (True, False):
+        linear = nn.Linear(37, 11, bias=bias)
+        module = asnn.SpikeLinear(linear, name)
+        for shape in ((1, 1), (4, 1), (2, 6)):
+            spikes, scale = counts(math.prod(shape), 37, 0.4).view(*shape, 37), torch.rand(*shape, 1) + 0.1
+            expected = scale * (spikes @ linear.weight.t()) + (linear.bias if bias else 0)
+            for kind in (spikes, spikes.to(torch.int8)):
+                out = module(asnn.SpikeVector(kind, scale))
+                assert out.shape == (*shape, 11) and error(out, expected) < BOUND[name]
+        silent = module(asnn.SpikeVector(torch.zeros(2, 3, 37), torch.ones(2, 3, 1)))
+        assert torch.equal(silent, (linear.bias if bias else torch.zeros(11)).expand(2, 3, 11))
+
+
+def test_a_spike_linear_takes_no_tokens_as_a_linear_does():
+    for name in asnn.BACKENDS:
+        module = asnn.SpikeLinear(nn.Linear(37, 11), name)
+        assert module(asnn.SpikeVector(torch.zeros(2, 0, 37), torch.ones(2, 0, 1))).shape == (2, 0, 11)
+
+
+def test_auto_takes_the_measured_backend_for_each_number_of_tokens(monkeypatch):
+    linear, used = nn.Linear(6, 4), []
+    for name, function in asnn.PRODUCTS.items():
+        monkeypatch.setitem(asnn.PRODUCTS, name,
+                            lambda *a, name=name, function=function: used.append(name) or function(*a))
+    module = asnn.SpikeLinear(linear, "auto", 0.2, asnn.BackendTable(TABLE))
+    assert module.plan == {1: "gather", 4: "csr", 16: "csr", 64: "block"}
+    for n in (1, 3, 14, 64, 200):
+        spikes = asnn.random_spikes(n, 6, 0.4)
+        assert error(module(asnn.SpikeVector(spikes, torch.ones(n, 1))), linear(spikes)) < 1e-5
+    assert used == ["gather", "csr", "csr", "block", "block"]
+    assert [module.backend_for(n) for n in (0, 1, 3, 9, 31, 33)] == ["gather"] * 2 + ["csr"] * 3 + ["block"]
+    assert asnn.SpikeLinear(linear, "auto", 0.8, asnn.BackendTable(TABLE)).plan[1] == "dense"
+    assert set(asnn.SpikeLinear(nn.Linear(5, 5), "auto", 0.2, asnn.BackendTable(TABLE)).plan.values()) == {"dense"}
+
+
+def test_only_weights_that_can_be_used_are_kept():
+    table, linear = asnn.BackendTable(TABLE), nn.Linear(6, 4)
+    exact, free = (asnn.SpikeLinear(linear, "auto", 0.2, table, exact) for exact in (True, False))
+    assert exact.packed is None and exact.rows is not None
+    assert set(free.plan.values()) == {"gather_int8", "csr"} and free.packed is not None and free.rows is not None
+    only = asnn.SpikeLinear(linear, "auto", 0.2, asnn.BackendTable(TABLE[:1]), exact=False)
+    assert set(only.plan.values()) == {"gather_int8"} and only.rows is None
+    for name in asnn.EXACT:
+        module = asnn.SpikeLinear(linear, name)
+        assert set(module.state_dict()) == {"rows", "bias"} and torch.equal(module.rows, linear.weight.t())
+
+
+def test_int8_rows_take_a_fourth_of_the_memory():
+    linear = nn.Linear(256, 768, bias=False)
+    size = {name: sum(b.numel() * b.element_size() for b in asnn.SpikeLinear(linear, name).buffers())
+            for name in ("gather", "gather_int8")}
+    assert size["gather"] == 256 * 768 * 4 and size["gather_int8"] == 256 * (768 + 8)
+    assert set(asnn.SpikeLinear(linear, "gather_int8").state_dict()) == {"packed"}
+
+
+@pytest.mark.parametrize("name", ["gather", "gather_int8"])
+def test_a_spike_linear_is_data_without_gradient(name):
+    linear, other = nn.Linear(37, 11), nn.Linear(37, 11)
+    module, twin = asnn.SpikeLinear(linear, name), asnn.SpikeLinear(other, name)
+    x = asnn.SpikeVector(asnn.random_spikes(4, 37, 0.4), torch.rand(4, 1))
+    expected = module(x)
+    assert not list(module.parameters()) and not expected.requires_grad
+    twin.load_state_dict(module.state_dict())
+    assert torch.equal(twin(x), expected)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.zero_()
+    assert torch.equal(module(x), expected)  # a copy
+
+
+WRONG_BACKEND = "^backend is 'magic'; allowed: dense, gather, gather_int8, csr, coo, block, auto.$"
+
+
+def test_wrong_options_of_a_spike_linear_are_refused():
+    with pytest.raises(ValueError, match=WRONG_BACKEND):
+        asnn.SpikeLinear(nn.Linear(3, 3), "magic")
+    with pytest.raises(ValueError, match="^table is None; allowed: a BackendTable for backend auto.$"):
+        asnn.SpikeLinear(nn.Linear(3, 3), "auto")
+
+
+# ---- sparsify ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [*asnn.EXACT, "auto"])
+@pytest.mark.parametrize("name", STUDENTS)
+@torch.no_grad()
+def test_the_sparse_copy_has_the_logits_of_the_student(students, ids, name, backend):
+    student = students(name)
+    sparse = asnn.sparsify(student, backend, table=small_table())
+    expected = student(ids, output_hidden_states=True)
+    got = sparse(ids, output_hidden_states=True)
+    close(got.logits, expected.logits)
+    for a, b in zip(got.hidden_states, expected.hidden_states):
+        close(a, b)
+    for a, b in zip(got.state.layers, expected.state.layers):
+        close(a.S, b.S)
+    close(asnn.sparsify(student, backend, "spikes", table=small_table())(ids).logits, expected.logits)
+
+
+@pytest.mark.parametrize("name, backend", [("delta, counts", "gather"), ("delta", "block"), ("matrix", "auto"),
+                                           ("vector", "csr"), ("vector", "auto")])
+@torch.no_grad()
+def test_decoding_token_by_token_is_the_full_pass(students, ids, name, backend, threads):
+    student = students(name)
+    sparse, state, logits = asnn.sparsify(student, backend, "spikes", table=small_table()), None, []
+    for t in range(ids.shape[1]):
+        out = sparse(ids[:1, t:t + 1], state=state, use_cache=True)
+        state = out.state
+        logits.append(out.logits)
+    close(torch.cat(logits, 1), student(ids[:1]).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "top_k": 20}])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_sparse_copy_generates_what_the_student_does(students, ids, name, options):
+    student, texts = students(name), []
+    models = [student, asnn.sparsify(student, "gather"), asnn.sparsify(student, "auto", "spikes", table=small_table())]
+    for model, use_cache in itertools.product(models, (True, False)):
+        torch.manual_seed(5)
+        texts.append(generate(model, ids, use_cache=use_cache, **options))
+    assert all(torch.equal(text, texts[0]) for text in texts[1:])
+    assert texts[0].shape[1] == 20 and texts[0][:, 12:].unique().numel() > 3  # a constant would hide a broken cache
+
+
+@pytest.mark.parametrize("backend", ["gather", "block"])
+@pytest.mark.parametrize("name", ["delta", "matrix"])
+@torch.no_grad()
+def test_a_batch_with_left_padding_is_its_sequences(students, ids, name, backend):
+    student = students(name)
+    sparse, mask = asnn.sparsify(student, backend, "spikes"), torch.ones_like(ids)
+    ids[0, :5], mask[0, :5], ids[2, :1], mask[2, :1] = 0, 0, 0, 0
+    got, expected = (model(ids, attention_mask=mask).logits[mask.bool()] for model in (sparse, student))
+    close(got, expected)
+    close(sparse(ids, attention_mask=mask).logits[0, 5:], sparse(ids[:1, 5:]).logits[0])
+    text = generate(sparse, ids, attention_mask=mask)
+    assert torch.equal(text, generate(student, ids, attention_mask=mask))
+    assert torch.equal(text[0, 5:], generate(sparse, ids[:1, 5:])[0])
+
+
+@pytest.mark.parametrize("name", ["gather", "csr", "dense"])
+@torch.no_grad()
+def test_a_student_in_fp64_stays_one(students, ids, name):
+    student = copy.deepcopy(students("delta")).double()
+    logits = asnn.sparsify(student, name, "spikes")(ids).logits
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, student(ids).logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_student_is_left_as_it_was(students, ids, training):
+    student = copy.deepcopy(students("delta")).train(training)
+    weights = {name: value.clone() for name, value in student.state_dict().items()}
+    modules = [(name, id(m), m.training) for name, m in student.named_modules()]
+    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    for backend, head in (("gather", "spikes"), ("gather_int8", "int8")):
+        sparse = asnn.sparsify(student, backend, head)
+        sparse(ids)
+        assert not any(m.training for m in sparse.modules())
+        assert not any(p.requires_grad for p in sparse.parameters()) and not sparse(ids).logits.requires_grad
+        ours = {t.data_ptr() for t in (*student.parameters(), *student.buffers())}
+        assert not ours & {t.data_ptr() for t in (*sparse.parameters(), *sparse.buffers()) if t.numel()}
+    assert modules == [(name, id(m), m.training) for name, m in student.named_modules()]
+    assert flags == {name: p.requires_grad for name, p in student.named_parameters()}
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
+    student(ids, labels=ids).loss.backward()  # and it can still be trained
+
+
+def test_every_linear_of_the_layers_is_replaced(students):
+    for name in STUDENTS:
+        sparse = asnn.sparsify(students(name), "gather")
+        linears = {key for key, m in sparse.named_modules() if isinstance(m, nn.Linear)}
+        assert linears == {"lm_head"}
+        macs = sum(row["macs"] for row in asnn.matrix_products(students(name)) if row["layers"] and row["site"])
+        replaced = [m for m in sparse.modules() if isinstance(m, asnn.SpikeLinear)]
+        assert sum(m.in_features * m.out_features for m in replaced) == macs
+        fed = asnn.sparsify(students(name), "gather", "spikes")
+        assert not any(isinstance(m, nn.Linear) for m in fed.modules())
+
+
+@pytest.mark.parametrize("site", asnn.SITES[2:])
+@torch.no_grad()
+def test_linears_that_no_spikes_feed_stay_as_they_are(ids, site):
+    student = build(state_kind="delta", spike_sites=("k", "v", site))
+    sparse = asnn.sparsify(student, "gather", "spikes" if site == "head_in" else "dense")
+    changed = {name for name, m in sparse.named_modules() if isinstance(m, asnn.SpikeLinear)}
+    expected = {f"goose.blocks.{i}.{linear}" for i in range(2) for fed, linear in FED.items()
+                if fed.split(".")[0] == site}
+    if site == "mix_in":
+        expected |= {f"goose.blocks.{i}.time_mix.beta" for i in range(2)}
+    assert changed == (expected or {"lm_head.head"})
+    for name, module in student.named_modules():
+        if isinstance(module, nn.Linear) and name not in changed and not (site == "head_in" and name == "lm_head"):
+            assert torch.equal(sparse.get_submodule(name).weight, module.weight)
+    close(sparse(ids).logits, student(ids).logits)
+
+
+def test_the_density_of_a_site_decides_what_auto_takes_there(students):
+    table = asnn.BackendTable([cell(1, density, X, out, **{winner: 1.0, "gather_int8": 0.5, "csr": 2.0})
+                               for density, winner in ((0.2, "gather"), (0.8, "dense"))
+                               for X, out in ((D, D), (D, 4 * D), (4 * D, D))])
+    density = {"0.k": 0.9, "0.ffn_hidden": 0.7, "1.mix_in.v": 0.9, "1.mix_in.r": 0.1}
+    sparse = asnn.sparsify(students("delta"), density=density, table=table)
+    chosen = {name: m.backend_for(1) for name, m in sparse.goose.blocks.named_modules()
+              if isinstance(m, asnn.SpikeLinear)}
+    dense = {"0.ffn.down", "1.time_mix.value", "0.time_mix.beta", "1.time_mix.beta"}  # beta's shape was not measured
+    assert {name for name, backend in chosen.items() if backend == "dense"} == dense
+    assert {backend for name, backend in chosen.items() if name not in dense} == {"gather"}
+    free = asnn.sparsify(students("delta"), table=table, exact=False)
+    assert {m.backend_for(1) for m in free.modules() if isinstance(m, asnn.SpikeLinear)} == {"gather_int8", "dense"}
+
+
+@pytest.mark.parametrize("head", ["dense", "spikes"])
+def test_auto_measures_the_shapes_that_spikes_feed(students, ids, monkeypatch, head):
+    asked = []
+    monkeypatch.setattr(asnn.BackendTable, "measure", lambda shapes, *a, **k: asked.extend(shapes) or small_table())
+    sparse = asnn.sparsify(students("delta"), head=head)
+    shapes = {(m.in_features, m.out_features) for m in sparse.modules() if isinstance(m, asnn.SpikeLinear)}
+    assert shapes - {(D, D // 8)} <= set(asked)  # beta is too small to matter
+    close(sparse(ids).logits, students("delta")(ids).logits)
+
+
+@torch.no_grad()
+def test_an_int8_head_is_the_head_within_its_rounding(students, ids):
+    student = students("delta")
+    dense, int8 = (asnn.sparsify(student, "gather", head)(ids, output_hidden_states=True) for head in ("dense", "int8"))
+    assert torch.equal(int8.hidden_states[-1], dense.hidden_states[-1])
+    assert 0 < error(int8.logits, dense.logits) < 0.02
+    model = asnn.sparsify(student, "gather", "int8")
+    assert generate(model, ids).shape == (3, 20)
+    assert torch.equal(model.get_input_embeddings().weight, student.get_input_embeddings().weight)
+
+
+@torch.no_grad()
+def test_int8_linear_is_the_linear_within_its_rounding():
+    for bias in (True, False):
+        linear, x = nn.Linear(300, 200, bias=bias), torch.randn(4, 5, 300)
+        kept = linear.weight.clone()
+        assert 0 < error(asnn.int8_linear(linear)(x), linear(x)) < 0.02
+        assert torch.equal(linear.weight, kept)
+
+
+@torch.no_grad()
+def test_int8_rows_change_little_of_what_a_block_computes(students):
+    """Of a whole random student a spike that flips changes everything after it; a block's products say how much."""
+    student = students("delta")
+    sparse = asnn.sparsify(student, "gather_int8")
+    for name, module in sparse.named_modules():
+        if isinstance(module, asnn.SpikeLinear):
+            exact = asnn.sparsify(student, "gather").get_submodule(name)
+            x = asnn.SpikeVector(asnn.random_spikes(8, module.in_features, 0.4), torch.rand(8, 1) + 0.5)
+            assert module.rows is None and error(module(x), exact(x)) < 0.02
+
+
+@pytest.mark.parametrize("head, bound", [("dense", 1e-4), ("spikes", 1e-4), ("int8", 0.02)])
+@pytest.mark.parametrize("backend", ["gather", "gather_int8"])
+def test_perplexity_is_that_of_the_student(trained, tokens, backend, head, bound):
+    part = tokens["validation"]
+    expected = asnn.evaluate(trained, part, 16).ppl
+    assert len(part) > 500 and expected < 100  # of 300 tokens: it has learnt something
+    got = asnn.evaluate(asnn.sparsify(trained, backend, head), part, 16).ppl
+    assert got == pytest.approx(expected, rel=0.02 if backend == "gather_int8" else bound)
+
+
+@pytest.mark.parametrize("backend, bound", [("gather", 1e-4), ("gather_int8", 0.02)])
+@pytest.mark.parametrize("head", ["dense", "spikes"])
+@torch.no_grad()
+def test_the_loss_is_that_of_the_student(trained, tokens, head, backend, bound):
+    """As the test before, by the model's own loss."""
+    ids = torch.from_numpy(tokens["validation"][:576].astype("int64")).view(-1, 16)
+    sparse = asnn.sparsify(trained, backend, head)
+    expected, got = (model(ids, labels=ids).loss.exp().item() for model in (trained, sparse))
+    assert got == pytest.approx(expected, rel=bound)
+
+
+@pytest.mark.parametrize("head", ["dense", "int8", "spikes"])
+@torch.no_grad()
+def test_the_spikes_of_the_sparse_copy_are_those_of_the_student(students, ids, head):
+    for name in STUDENTS:
+        student, captured = students(name), []
+        sparse = asnn.sparsify(student, "gather", head)
+        assert list(asnn.spike_modules(sparse)) == list(asnn.spike_modules(student))
+        for model in (student, sparse):
+            with asnn.SpikeCapture(model) as capture:
+                model(ids)
+            captured.append(capture.spikes())
+        assert list(captured[0]) == list(captured[1])
+        assert all(torch.equal(spikes, captured[1][site]) for site, spikes in captured[0].items())
+        if head != "spikes":  # then the encoder is in the head, which spike_density does not run
+            assert asnn.spike_density(sparse, ids) == asnn.spike_density(student, ids)
+
+
+def test_a_saved_copy_loads_as_it_was_or_is_refused(students, ids, tmp_path):
+    """What must not happen is a folder that loads with weights that start fresh."""
+    sparse = asnn.sparsify(students("delta"), "gather")
+    try:
+        sparse.save_pretrained(tmp_path / "sparse")
+    except (ValueError, NotImplementedError) as refusal:
+        assert str(refusal).endswith(".")
+        assert not list(tmp_path.glob("sparse/*.safetensors"))
+    else:
+        close(asnn.GooseForCausalLM.from_pretrained(tmp_path / "sparse").eval()(ids).logits, sparse(ids).logits)
+
+
+@pytest.mark.parametrize("options, arguments, message", [
+    ({"spike_sites": ("k", "v")}, {}, r"^spike_sites are \['k', 'v'\] and spike_kind is ternary: no matrix "
+     r"product of this student is fed by spikes; train one with recipe v14\.4-sites\.$"),
+    ({"spike_kind": "dense"}, {}, "spike_kind is dense: no matrix product of this student is fed by spikes"),
+    ({}, {"backend": "magic"}, WRONG_BACKEND),
+    ({}, {"head": "magic"}, "^head is 'magic'; allowed: dense, int8, spikes.$"),
+    ({"spike_sites": asnn.SITES[:-1]}, {"head": "spikes"},
+     "^head is 'spikes'; allowed: dense, int8 for a student without the site head_in.$")])
+def test_what_cannot_be_skipped_is_refused_before_anything_is_measured(monkeypatch, options, arguments, message):
+    monkeypatch.setattr(asnn.BackendTable, "measure", no_measuring)
+    with pytest.raises(ValueError, match=message):
+        asnn.sparsify(build(**options), **arguments)
