@@ -3998,7 +3998,8 @@ class Remediation:
     `threshold`: the spikes' threshold becomes this one (None: stays). With `mixed_fixed`, the founders' mixture of token
     and channel with a channel statistic that is fixed at inference, that statistic is calibrated so that each channel
     fires as often as before, or at the end of `rate_band` that it was beyond. `recentre`: biases move the median of
-    each channel of keys and values to zero, `unlock` only of those that show one sign. `rate_weight`: pulls the firing rate of each channel into `rate_band`. `align_weight`: pulls
+    each channel of keys and values to zero. `unlock`: biases move channels of which less than `minority` of the spikes
+    have the rarer sign, just so far that this share has. `rate_weight`: pulls the firing rate of each channel into `rate_band`. `align_weight`: pulls
     keys and values to ternary teacher targets. Steps and learning rates are those of the recipe given to `remediate`,
     times `lr_scale`.
     """
@@ -4006,10 +4007,11 @@ class Remediation:
     threshold: str | None = "mixed_fixed"
     recentre: bool = True
     unlock: bool = True
-    rate_weight: float = 1.0
-    rate_band: tuple[float, float] = (0.22, 0.58)
+    minority: float = 0.02
+    rate_weight: float = 3.0
+    rate_band: tuple[float, float] = (0.22, 0.57)
     align_weight: float = 0.05
-    steps: int = 200
+    steps: int = 250
     lr_scale: float = 0.3
 
     def __post_init__(self):
@@ -4018,6 +4020,7 @@ class Remediation:
         for name in ("rate_weight", "align_weight"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"Remediation.{name}", value, "a number from 0")
+        require(0 < self.minority < 0.5, "Remediation.minority", self.minority, "a share above 0 and below 0.5")
         low, high = self.rate_band
         require(0 <= low < high <= 1, "Remediation.rate_band", self.rate_band, "two shares, the lower one first")
         require(isinstance(self.steps, int) and self.steps >= 1, "Remediation.steps", self.steps, "a whole number from 1")
@@ -4030,7 +4033,7 @@ class Remediation:
         failed = {name for name, entry in gate["metrics"].items() if not entry["pass"]}
         silent = bool(failed & {"mutual information", "CKA"})
         rates = bool(failed & {"firing rate", "dead channels", "saturated channels"})
-        return cls(**{"threshold": "mixed_fixed" if rates else None, "rate_weight": float(rates), "recentre": silent,
+        return cls(**{"threshold": "mixed_fixed" if rates else None, "rate_weight": 3.0 * rates, "recentre": silent,
                       "unlock": "saturated channels" in failed, "align_weight": 0.05 * silent, **values})
 
 
@@ -4127,7 +4130,8 @@ def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: 
         student.base_model(input_ids.to(device), use_cache=False)
     rates = {name: (spikes != 0).float().mean(0).clamp(*settings.rate_band).to(device)
              for name, spikes in capture.spikes().items()}
-    one_sign = {name: ((spikes > 0).any(0) != (spikes < 0).any(0)).to(device) for name, spikes in capture.spikes().items()}
+    upward = {name: ((spikes > 0).float().mean(0) / (spikes != 0).float().mean(0).clamp_min(1e-6)).to(device)
+              for name, spikes in capture.spikes().items()}  # share of a channel's spikes that are positive
 
     def quantiles(x: Tensor, share: Tensor) -> Tensor:  # what `share` of each channel's values exceeds
         return torch.stack([column.quantile(1 - part) for column, part in zip(x.t(), share)])
@@ -4135,8 +4139,16 @@ def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: 
     for name, module in spike_modules(mended).items():  # in order: a site sees what the mended ones before it do
         if isinstance(module, TernarySpike) and (settings.recentre or settings.unlock) and module.kind != "binary":
             run()
-            mix, median = transformer_blocks(mended)[int(name.split(".")[0])].time_mix, seen[name].median(0).values
-            (mix.key if name.endswith(".k") else mix.value).bias -= median if settings.recentre else median * one_sign[name]
+            if settings.recentre:
+                shift = seen[name].median(0).values
+            else:
+                scale = seen[name].abs().mean(-1, keepdim=True).clamp_min(1e-6).sqrt()
+                up = upward[name].clamp(settings.minority, 1 - settings.minority)
+                # Fire upwards for the highest inputs, downwards for the lowest, each as often as it should be.
+                ends = [quantiles(seen[name] / scale, share) for share in (rates[name] * up, 1 - rates[name] * (1 - up))]
+                shift = torch.where(up != upward[name], (ends[0] + ends[1]) / 2 * scale.mean(), 0.0)
+            mix = transformer_blocks(mended)[int(name.split(".")[0])].time_mix
+            (mix.key if name.endswith(".k") else mix.value).bias -= shift
         if settings.threshold == "mixed_fixed":
             run()
             x = seen[name] - (module.centre if isinstance(module, SpikeEncoder) else 0)

@@ -79,7 +79,7 @@ corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder; None: that of th
 teacher = None  # a hub id or a folder; None: that of the student's run
 tokens = None  # validation tokens that are recorded; None: 4,096 in profile tiny, else 20,480
 remedy = None  # True, False; None: when the gate fails
-remedy_steps = None  # optimiser steps of the remedy; None: 5 in profile tiny, else 200
+remedy_steps = None  # optimiser steps of the remedy; None: 5 in profile tiny, else 250
 damage_windows = 16  # windows on which interventions are scored
 seed = 42
 run_name = None  # None: <version>-<run> of the student; a finished run is never overwritten
@@ -401,7 +401,7 @@ def again(model):
 
 final, left, remedied = first, brain, None
 if remedy or remedy is None and first.gate["verdict"] == "failed":
-    steps = {"steps": remedy_steps or (5 if size.name == "tiny" else 200)}
+    steps = {"steps": remedy_steps or (5 if size.name == "tiny" else 250)}
     parts = asnn.Remediation.for_gate(first.gate, **steps) if first.gate["verdict"] == "failed" else asnn.Remediation(**steps)
     print(parts)
     sampler = asnn.WindowSampler(task.tokens["train"], recipe.seq_len, recipe.seed + 1)
