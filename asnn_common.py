@@ -14,8 +14,8 @@ Contents
                        MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
                        intervene, Remediation, remediate
     9  Sparse          SpikeVector, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, sparsify
-    11 Artefacts       environment, Run, runs, find_run, load_run, gate_status, quality_table, sample_texts, run_metrics,
-                       run_checks, results_table, model_card
+    11 Artefacts       environment, Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
+                       sample_texts, run_metrics, run_checks, results_table, model_card
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -4392,7 +4392,7 @@ class BackendTable:
         the hardware's name and loaded by the next call."""
         shapes = sorted(set(shapes))
         env = environment()
-        key = content_hash("backends 1", json.dumps([env["cpu"], env["gpus"], env["threads"], env["versions"]["torch"],
+        key = content_hash("backends 2", json.dumps([env["cpu"], env["gpus"], env["threads"], env["versions"]["torch"],
                                                      str(device), shapes, sorted(backends)]))
         path = cache_folder() / "sparse" / f"{key}.json"
         if path.is_file():
@@ -4718,6 +4718,28 @@ def load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, Profile, dict[str,
     except Exception as error:  # the library raises a dozen unrelated types for a damaged folder
         raise ValueError(f"student {folder / 'student'} cannot be loaded: {_first_line(error)}") from error
     return student.eval(), Recipe(**recipe), Profile(**profile), json.loads((folder / "metrics.json").read_text())
+
+
+def train_short_student(name: str, profile: Profile, reason: str, steps: int = 100, seed: int = 42) -> Path:
+    """The folder of a short run of recipe `name` in outputs/short/, for a notebook that found no student to work on.
+
+    Raises FileNotFoundError in profile t4, where a run of any use takes hours.
+    """
+    if profile.name == "t4":
+        raise FileNotFoundError("no finished student was found: run asnn_v14_4_transfer first (recipe v14.4-sites for v16), or "
+                                "attach its output as an input.")
+    full = profile.scale(get_recipe(name), seed=seed)
+    task = load_task(profile.scale(get_recipe(name), seed=seed, distill_steps=min(steps, full.distill_steps)), profile)
+    print(f"no student was found: a short one of {task.recipe.distill_steps} steps is trained now ({reason})")
+    settings = {"recipe": dataclasses.asdict(task.recipe), "profile": dataclasses.asdict(profile),
+                "corpus_hash": task.corpus.hash, "teacher": task.teacher.name}
+    run = Run.open("short", f"{name}-{profile.name}-seed{seed}", json.loads(json.dumps(settings)))
+    student, result = distil(task, task.recipe, FitConfig.from_recipe(task.recipe), run.folder, profile.eval_windows)
+    measured = {who: {split: evaluate(model, task.tokens[split], task.recipe.seq_len, windows=profile.eval_windows)
+                      for split in ("validation", "test")} for who, model in (("teacher", task.teacher.model),
+                                                                             ("student", student))}
+    run.finish(run_metrics(run, task, profile, student, result, measured), student.cpu(), task.teacher.tokenizer)
+    return run.folder
 
 
 GATE_TOKENS = 20_000  # a gate over fewer tokens supports no claim

@@ -33,6 +33,8 @@ ROWS = {
     "+ layerwise alignment first (v14.4)": ("v14.4", {}),
     "identity estimator in v14.4": ("v14.4", {"estimator": "identity"}),
     "normalised estimator in v14.4": ("v14.4", {"estimator": "normalised"}),
+    "alpha and amplitude per channel in v14.4": ("v14.4", {"granularity": "channel"}),
+    "integer:3 keys and values in v14.4": ("v14.4", {"spike_kind": "integer:3"}),
     "no CE in v14.4": ("v14.4", {"ce_weight": 0.0}),
     "CE from step 400 on": ("v14.4", {"ce_start": 400}),
     "spikes fade in over 200 steps": ("v14.4", {"anneal_steps": 200}),

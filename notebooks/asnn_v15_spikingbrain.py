@@ -128,21 +128,7 @@ def show_table(rows):
 # %%
 source = asnn.find_run(student, without=("v15", "v16", "v17", "short")) or asnn.find_run(without=("v15", "v16", "v17"))
 if source is None:
-    size, reason = asnn.select_profile(profile)
-    if size.name == "t4":
-        raise FileNotFoundError("no finished student was found: run asnn_v14_4_transfer first, or attach its output as an input.")
-    short = size.scale(asnn.get_recipe("v14.4"), seed=seed)
-    short = size.scale(asnn.get_recipe("v14.4"), seed=seed, distill_steps=min(100, short.distill_steps))
-    print(f"no student was found: a short one of {short.distill_steps} steps is trained now ({reason})")
-    task = asnn.load_task(short, size)
-    settings = {"recipe": dataclasses.asdict(task.recipe), "profile": dataclasses.asdict(size), "corpus_hash": task.corpus.hash,
-                "teacher": task.teacher.name}
-    made = asnn.Run.open("short", f"v14.4-{size.name}-seed{seed}", json.loads(json.dumps(settings)))
-    trained, result = asnn.distil(task, task.recipe, asnn.FitConfig.from_recipe(task.recipe), made.folder, size.eval_windows)
-    measured = {name: {split: asnn.evaluate(model, task.tokens[split], task.recipe.seq_len, windows=size.final_windows)
-                       for split in ("validation", "test")} for name, model in (("teacher", task.teacher.model), ("student", trained))}
-    made.finish(asnn.run_metrics(made, task, size, trained, result, measured), trained.cpu(), task.teacher.tokenizer)
-    source = made.folder
+    source = asnn.train_short_student("v14.4", *asnn.select_profile(profile), seed=seed)
 source = source.resolve()
 brain, recipe, size, origin = asnn.load_run(source)
 asnn.require(brain.config.spike_kind != "dense", "student", str(source), "a student with spikes; this one is a dense twin")
@@ -276,9 +262,9 @@ def plot_information(result):
             label = None
     axis.plot(range(len(sites)), [result.sites[site]["entropy"] for site in sites], "k_", markersize=14, label="mean entropy H(S)")
     axis.axhline(asnn.GATE["mutual information"], color="#d62728", linestyle="--", linewidth=1)
-    axis.set(title="I(spike; teacher state), held-out probe bound", ylabel="bits per channel", ylim=(-0.1, 1.1 * max(row["entropy"] for row in result.sites.values()) + 0.1))
+    axis.set(title="I(spike; teacher state), held-out probe bound", ylabel="bits per channel", ylim=(-0.1, 1.1 * max(row["entropy"] for row in result.sites.values()) + 0.5))
     axis.set_xticks(range(len(sites)), sites, rotation=90 if len(sites) > 8 else 0)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, ncol=3, loc="upper center")
     figure.tight_layout()
     return figure
 
@@ -377,6 +363,8 @@ def plot_damage(rows):
         for row, style in ((rows[0], "-"), (rows[1], "--")):
             axis.axhline(row["ppl"], color="#666666", linestyle=style, linewidth=1, label=row["intervention"])
         axis.set(title=kind, xlabel=label, yscale="log")
+        if kind != "flip":
+            axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PPL, validation")
     axes[0].legend(fontsize=7)

@@ -104,3 +104,20 @@ def test_a_claim_is_gated_only_by_a_passed_gate_of_the_same_student(finished, tm
     path.unlink()
     monkeypatch.setenv("ASNN_INPUTS", str(inputs))
     assert asnn.gate_status(student)[0]
+
+
+def test_a_notebook_without_a_student_makes_a_short_one_but_not_at_full_size(capsys):
+    small = asnn.PROFILES["tiny"].replace(corpus_chars=150_000, teacher_steps=4, eval_windows=2)
+    folder = asnn.train_short_student("v14.4-sites", small, "as a test", steps=3)
+    assert folder.parent.name == "short" and "a short one of 3 steps is trained now (as a test)" in capsys.readouterr().out
+    assert asnn.find_run(sites=("mix_in", "ffn_hidden")) == folder and asnn.find_run(without=("short",)) is None
+    assert asnn.load_run(folder)[3]["training"]["step"] == 3
+    with pytest.raises(FileNotFoundError, match="run asnn_v14_4_transfer first"):
+        asnn.train_short_student("v14.4", asnn.PROFILES["t4"], "a GPU")
+
+
+def test_students_without_the_spike_sites_asked_for_are_not_found(finished):
+    finished("v14.3", "morning")
+    assert asnn.find_run(sites=("mix_in",)) is None
+    folder, _ = finished("v14.4", "night", age=100)
+    assert asnn.find_run(sites=("mix_in", "ffn_hidden")) == folder
