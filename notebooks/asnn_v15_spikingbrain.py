@@ -140,6 +140,7 @@ print(f"student {origin['version']}/{origin['run']}, content hash {asnn.student_
 # %%
 task = asnn.load_task(recipe, size)
 master = task.teacher
+asnn.register_auto_classes()
 own = asnn.import_optional("transformers").AutoTokenizer.from_pretrained(source / "student").get_vocab()
 asnn.require(master.tokenizer.get_vocab() == own, "teacher", master.name, f"{origin['teacher']['name']}, whose tokenizer the student was trained with; attach it and name its folder")
 brain, teacher_model = brain.to(device), master.model.to(device)

@@ -177,6 +177,20 @@ def test_the_tax_of_a_student_with_all_sites_is_measured_in_two_sessions(tmp_pat
     assert not list(working.glob("outputs/**/checkpoint.pt"))
 
 
+@pytest.mark.parametrize("name, values, sentence", [
+    ("asnn_v15_spikingbrain", {"tokens": 0}, "tokens is 0; allowed: None or a whole number from 2048."),
+    ("asnn_v15_spikingbrain", {"student": "v14.4/nonsense"}, "student is 'v14.4/nonsense'; allowed: "),
+    ("asnn_v16_sparse", {"repeats": -1}, "repeats is -1; allowed: None or a whole number from 1.")])
+def test_bad_parameters_end_a_notebook_in_one_sentence_before_anything_is_made(tmp_path, name, values, sentence):
+    env, working, _ = kaggle(tmp_path, 1)
+    notebook = working / f"{name}.py"
+    shutil.copy(ROOT / "notebooks" / notebook.name, notebook)
+    with_values(notebook, **values)
+    done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and sentence in done.stderr.strip().splitlines()[-1]
+    assert not (working / "outputs").exists()
+
+
 def load_readme_tool():
     spec = importlib.util.spec_from_file_location("readme_tool", ROOT / ".ci" / "readme.py")
     module = importlib.util.module_from_spec(spec)
