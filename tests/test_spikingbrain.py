@@ -1283,13 +1283,14 @@ def test_remediation_refuses_wrong_settings(name, value, allowed):
 
 
 @pytest.mark.parametrize("name, value, threshold, rate, recentre, align", [
-    (None, None, None, 0.0, False, 0.0), ("firing rate", 0.7, "mixed_fixed", 1.0, False, 0.0),
-    ("dead channels", 0.2, "mixed_fixed", 1.0, False, 0.0), ("saturated channels", 0.2, "mixed_fixed", 1.0, False, 0.0),
+    (None, None, None, 0.0, False, 0.0), ("firing rate", 0.7, "mixed_fixed", 3.0, False, 0.0),
+    ("dead channels", 0.2, "mixed_fixed", 3.0, False, 0.0), ("saturated channels", 0.2, "mixed_fixed", 3.0, False, 0.0),
     ("CKA", 0.1, None, 0.0, True, 0.05), ("mutual information", 0.01, None, 0.0, True, 0.05)])
 def test_a_remedy_has_the_parts_that_the_gate_calls_for(passing, name, value, threshold, rate, recentre, align):
     site = passing.sites["0.k"] if name is None else {**passing.sites["0.k"], name: value}
     gate = asnn.ValidationResult(passing.meta, {"0.k": site}, passing.arrays, passing.heat).gate
     settings = asnn.Remediation.for_gate(gate)
+    assert settings.unlock == (name == "saturated channels")
     assert (settings.threshold, settings.rate_weight, settings.recentre, settings.align_weight) == (
         threshold, rate, recentre, align)
     chosen = asnn.Remediation.for_gate(gate, recentre=True, align_weight=0.5, steps=7)
