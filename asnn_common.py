@@ -1778,7 +1778,7 @@ class Distiller(nn.Module):
             terms["fdd"] = self._fdd(student_blocks, teacher_blocks)
             loss = loss + recipe.fdd_weight * terms["fdd"]
         if recipe.variance_penalty:
-            spikes = [m for m in self.student.modules() if isinstance(m, TernarySpike)]
+            spikes = [m for m in self._spikes if isinstance(m, TernarySpike)]
             terms["variance"] = sum(p.var() for m in spikes for p in (m.alpha, m.amplitude)) / len(spikes)
             loss = loss + recipe.variance_penalty * terms["variance"]
         return loss, terms
@@ -3018,6 +3018,11 @@ class Task:
     teacher: Teacher
     teacher_training: dict[str, Any]  # of a teacher trained here, else empty
 
+    def peek(self) -> Tensor:
+        """The first validation windows, at most eight, (B, T): what spike densities are measured on."""
+        held_out = WindowSampler(self.tokens["validation"], self.recipe.seq_len, self.recipe.seed)
+        return held_out.gather(range(min(8, held_out.windows)))[0]
+
 
 def load_task(recipe: Recipe, profile: Profile) -> Task:
     """Corpus, teacher and tokens of a recipe in a profile; raises what load_corpus, load_teacher and match_teacher do."""
@@ -3045,8 +3050,7 @@ def distil(task: Task, recipe: Recipe, config: FitConfig, folder: Path | None = 
     objective = Distiller(student, task.teacher.model, recipe, torch.device("cuda:1") if several else None)
     objective.place_teacher(device)
     precision, _ = select_precision(device, config.precision)
-    held_out = WindowSampler(task.tokens["validation"], recipe.seq_len, recipe.seed)
-    peek, _ = held_out.gather(range(min(8, held_out.windows)))
+    peek = dataclasses.replace(task, recipe=recipe).peek()
 
     def evaluate_now() -> dict[str, Any]:
         measured = evaluate(student, task.tokens["validation"], recipe.seq_len, windows=eval_windows,
@@ -3094,6 +3098,11 @@ def window_interval(values: Tensor, window: Tensor) -> tuple[float, float]:
     _, inverse, counts = window.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, inverse, values.double().cpu())
     return bootstrap_interval(torch.stack((sums, counts.double()), 1).numpy(), lambda means: means[:, 0] / means[:, 1])
+
+
+def evenly_spaced(n: int, count: int) -> np.ndarray:
+    """At most `count` of the indices 0 .. n - 1, the first and the last among them."""
+    return np.linspace(0, n - 1, min(n, count)).astype(int)
 
 
 class SpikeCapture:
@@ -3255,7 +3264,7 @@ class SpikeHealthChecker:
         fires = (spikes != 0).float()
         rates = fires.mean(1)
         length = int(position.max()) + 1
-        at = torch.zeros(length).index_add_(0, position, fires.mean(1))
+        at = torch.zeros(length).index_add_(0, position, rates)
         entropies = entropy_bits(counts)
         chosen = spikes[:, ::-(-C // self.MAX_CORRELATED)].float()
         covariance = torch.cov(chosen.t()).reshape(chosen.shape[1], -1)  # (C', C')
@@ -3324,6 +3333,12 @@ class MutualInformationEstimator:
         fold = {w: i * self.folds // len(order) for i, w in enumerate(order)}
         return torch.tensor([fold[w] for w in window.tolist()])
 
+    @staticmethod
+    def _least_shift(window: Tensor) -> int:
+        """Two windows, in tokens: beyond the autocorrelation."""
+        n = len(window)
+        return max(1, min(n // 4, 2 * n // len(window.unique())))
+
     def fit(self, features: Tensor, target: Tensor, K: int) -> Tensor:
         """Weights (p + 1, C, K - 1) of C regressions that share features (n, p), targets (n, C) in 0 .. K-1, class 0
         the reference. Nesterov's method; features have variance 1, so that 1/2 bounds the curvature (Boehning 1992)."""
@@ -3375,7 +3390,7 @@ class MutualInformationEstimator:
         p = max(1, min(features.shape[1], int((fold != 0).sum()) // 20))
         features, target = features[:, :p], (spikes.int() + levels).to(features.device)
         rng = np.random.default_rng(self.seed)
-        away = max(1, min(n // 4, 2 * n // len(window.unique())))  # two windows: beyond the autocorrelation
+        away = self._least_shift(window)
         lags = rng.integers(away, n - away + 1, self.refits)
         length = len(window) // len(window.unique())
         if len(window) == length * len(window.unique()):  # every other one to another window, at the same position
@@ -3465,8 +3480,8 @@ class MutualInformationEstimator:
                          for i in (0, 1))
 
         plain, bits = information(s)
-        some = s[:, np.linspace(0, C - 1, min(C, null_channels)).astype(int)]
-        away = max(1, min(n // 4, 2 * n // len(window.unique())))
+        some = s[:, evenly_spaced(C, null_channels)]
+        away = self._least_shift(window)
         lags = np.random.default_rng(self.seed).integers(away, n - away + 1, shifts)
         null = np.stack([information(some.roll(int(lag), 0))[1].mean() for lag in lags])
         return {"bits": bits, "plain": plain, "mean": float(bits.mean()), "null mean": float(null.mean()),
@@ -3488,8 +3503,7 @@ class MutualInformationEstimator:
         """Nearest-neighbour estimate of scikit-learn [16], bits per channel: the best of the first components, mean over
         a few channels. Its choice of the best is not held out; the bias is of order 0.01 bit at 4,000 tokens."""
         estimate = import_optional("sklearn.feature_selection").mutual_info_classif
-        rows = np.linspace(0, len(spikes) - 1, min(len(spikes), tokens)).astype(int)
-        columns = np.linspace(0, spikes.shape[1] - 1, min(spikes.shape[1], channels)).astype(int)
+        rows, columns = evenly_spaced(len(spikes), tokens), evenly_spaced(spikes.shape[1], channels)
         x = features[rows, :components].cpu().numpy()
         best = [estimate(x, spikes[rows, c].cpu().numpy(), random_state=self.seed).max() for c in columns]
         return float(np.mean(best) / math.log(2))
@@ -3505,7 +3519,7 @@ class MutualInformationEstimator:
         tokens shifted circularly, what the additional weights cost.
         """
         known = next_token >= 0
-        columns = np.linspace(0, spikes.shape[1] - 1, min(spikes.shape[1], channels)).astype(int)
+        columns = evenly_spaced(spikes.shape[1], channels)
         s, where, K = spikes[known][:, columns].int() + levels, window[known], 2 * levels + 1
         x, e, fold = hidden[known.to(hidden.device)], embedded[known.to(embedded.device)], self.blocks(where)
         least = max(1, int((fold != 0).sum()) // 40)
@@ -3604,8 +3618,9 @@ class RepresentationAnalyzer:
         for number, rows in enumerate(import_optional("tqdm").tqdm(batches, desc="CKA", unit="minibatch", mininterval=1.0,
                                                                    disable=not progress)):
             get = lambda x, scale: ((x[rows].float() - scale[0]) / scale[1]).to(device)  # noqa: E731
-            X = torch.stack([self._kernel(get(record.spikes[name], scales[name])) for name in names])
-            Y = torch.stack([self._kernel(get(record.hidden[t], teachers[t])) for t in layers])
+            features = [get(record.spikes[name], scales[name]) for name in names]
+            goals = {t: get(record.hidden[t], teachers[t]) for t in layers}
+            X, Y = (torch.stack([self._kernel(x) for x in parts]) for parts in (features, goals.values()))
             square = lambda K: hsic_of_kernels_diagonal(K).cpu()  # noqa: E731
             sums["heat"].append(hsic_of_kernels(X, Y).cpu())
             sums["x"].append(square(X))
@@ -3617,10 +3632,9 @@ class RepresentationAnalyzer:
                                             square(states)[mapped]), -1))
             if record.control:
                 Z = torch.stack([self._kernel(get(record.control[name], controls[name])) for name in names])
-                sums["control"].append(torch.stack((hsic_of_kernels(Z, Y).cpu()[pick], square(Z), square(Y)[mapped]), -1))
+                sums["control"].append(torch.stack((hsic_of_kernels(Z, Y).cpu()[pick], square(Z), sums["y"][-1][mapped]), -1))
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
-            pairs = [(get(record.spikes[name], scales[name]), get(record.hidden[layer_of[name]], teachers[layer_of[name]]))
-                     for name in names]
+            pairs = [(x, goals[layer_of[name]]) for name, x in zip(names, features)]
             sums["biased"].append(torch.stack([torch.stack([linear_cka(x[rows_of], y, unbiased=False).cpu() for x, y in pairs])
                                                for rows_of in (slice(None), order.to(device))]))  # as they are; shuffled
             if number not in alike:
@@ -3668,19 +3682,19 @@ def student_id(student: nn.Module) -> str:
                           for part in (name, value.detach().cpu().float().contiguous().numpy().tobytes())))
 
 
-# What each metric of the gate reads of a site, with its interval and null, and the margin by which it passes.
-_GATES: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
-    "dead channels": ("dead channels interval", lambda s: GATE["dead channels"] - s["dead channels"]),
-    "saturated channels": ("saturated channels interval",
-                           lambda s: GATE["saturated channels"] - s["saturated channels"]),
-    "firing rate": ("firing rate interval", lambda s: min(s["firing rate"] - GATE["firing rate"][0],
-                                                          GATE["firing rate"][1] - s["firing rate"])),
-    "mutual information": ("mutual information interval", lambda s: min(
-        s["mutual information"] - GATE["mutual information"],
-        s["mutual information"] - s["mutual information null"] if s["mutual information p"] <= 0.05 else -1.0)),
-    "CKA": ("CKA interval", lambda s: min(
-        s["CKA"] - GATE["CKA"], s["CKA"] - s["CKA null"] if s["CKA p"] <= 0.05 else -1.0)),
+# By how much a site passes each metric of the gate.
+_GATES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "dead channels": lambda s: GATE["dead channels"] - s["dead channels"],
+    "saturated channels": lambda s: GATE["saturated channels"] - s["saturated channels"],
+    "firing rate": lambda s: min(s["firing rate"] - GATE["firing rate"][0], GATE["firing rate"][1] - s["firing rate"]),
+    "mutual information": lambda s: _above_null(s, "mutual information"),
+    "CKA": lambda s: _above_null(s, "CKA"),
 }
+
+
+def _above_null(site: dict[str, Any], name: str) -> float:
+    """Above the threshold and above the null, which a p-value decides."""
+    return min(site[name] - GATE[name], site[name] - site[f"{name} null"] if site[f"{name} p"] <= 0.05 else -1.0)
 
 
 def _plain(value: Any) -> Any:
@@ -3709,13 +3723,14 @@ class ValidationResult:
         site has to pass; the value is that of the site nearest to failing. `clear` says whether the whole interval is
         on the passing side: the gate itself is on the value, as defined."""
         metrics = {}
-        for name, (interval, margin) in _GATES.items():
+        for name, margin in _GATES.items():
             margins = {site: margin(row) for site, row in self.sites.items()}
             worst = min(margins, key=margins.get)
             row = self.sites[worst]
-            ends = [margin({**row, name: end}) for end in row[interval]]
+            interval = list(row[f"{name} interval"])
+            ends = [margin({**row, name: end}) for end in interval]
             passed = sum(m >= 0 if name == "firing rate" else m > 0 for m in margins.values())
-            metrics[name] = {"value": row[name], "interval": list(row[interval]), "null": row.get(f"{name} null"),
+            metrics[name] = {"value": row[name], "interval": interval, "null": row.get(f"{name} null"),
                              "p": row.get(f"{name} p"), "threshold": GATE[name], "pass": passed == len(margins),
                              "clear": min(ends) > 0, "site": worst, "sites passed": passed, "sites": len(margins)}
         if "PPL rise" in self.meta:
@@ -3821,7 +3836,7 @@ class SpikingBrainValidator:
         for name, spikes in bar:
             levels, x = record.levels[name], components[layer_of[name]]
             health = self.health.check(spikes, record.window, record.position, levels, name in record.binary)
-            kept = np.linspace(0, spikes.shape[1] - 1, min(spikes.shape[1], self.max_channels)).astype(int)
+            kept = evenly_spaced(spikes.shape[1], self.max_channels)
             some = inner.spikes[name][:, kept]
             probe = self.information.probe(x, some, inner.window, levels)
             plug_in = self.information.plug_in(x, some, inner.window, levels)
@@ -4805,8 +4820,6 @@ def run_metrics(run: Run, task: Task, profile: Profile, student: nn.Module, resu
     """What metrics.json holds of a run, with `more` beside it. `measured` is {"teacher", "student"} by split."""
     splits = ("validation", "test")
     gaps = {split: perplexity_gap(measured["student"][split], measured["teacher"][split]) for split in splits}
-    held_out = WindowSampler(task.tokens["validation"], task.recipe.seq_len, task.recipe.seed)
-    peek, _ = held_out.gather(range(min(8, held_out.windows)))
     amplitudes = {name: float(m.amplitude.detach().abs().mean()) for name, m in spike_modules(student).items()
                   if isinstance(m, TernarySpike)}
     return {
@@ -4816,7 +4829,7 @@ def run_metrics(run: Run, task: Task, profile: Profile, student: nn.Module, resu
                    "tokens": {split: len(task.tokens[split]) for split in SPLITS}},
         "teacher": {"name": task.teacher.name, "parameters": count_parameters(task.teacher.model),
                     **task.teacher_training, **{split: measured["teacher"][split].to_dict() for split in splits}},
-        "student": {"parameters": count_parameters(student), "density": spike_density(student, peek),
+        "student": {"parameters": count_parameters(student), "density": spike_density(student, task.peek()),
                     "amplitude": amplitudes, **{split: measured["student"][split].to_dict() for split in splits}},
         "gap": {split: {"value": gap, "standard_error": error} for split, (gap, error) in gaps.items()},
         "training": {"step": result.step, "steps": task.recipe.distill_steps, "stopped": result.stopped,

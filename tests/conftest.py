@@ -35,6 +35,19 @@ def isolated(monkeypatch, cache, tmp_path):
     torch.manual_seed(0)
 
 
+@torch.no_grad()
+def shake(model):
+    """Moves all parameters away from their start values, so that a lost one shows."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            p.normal_(std=0.6 if "embeddings" in name or "positions" in name else 0.25)
+        elif "decay" in name:
+            p.copy_(torch.linspace(-1, 4, p.numel()))
+        else:
+            p.add_(0.2 * torch.rand_like(p))
+    return model
+
+
 def sentences(seed, count):
     """Text whose next word depends on the last one, so that a few steps of training show in the loss."""
     rng = random.Random(seed)

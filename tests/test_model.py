@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import asnn_common as asnn
+import conftest
 
 V = 50
 SHAPE = {"vocab_size": V, "d_model": 32, "n_layer": 3, "n_positions": 24, "pad_token_id": 0}
@@ -30,16 +31,7 @@ def build(shake=True, **options):
     """A model whose parameters are all away from their start values, so that a lost one shows."""
     torch.manual_seed(0)
     model = asnn.GooseForCausalLM(asnn.GooseConfig(**{**SHAPE, **options})).eval()
-    if shake:
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if p.dim() == 2:
-                    p.normal_(std=0.6 if "embeddings" in name or "positions" in name else 0.25)
-                elif "decay" in name:
-                    p.copy_(torch.linspace(-1, 4, p.numel()))
-                else:
-                    p.add_(0.2 * torch.rand_like(p))
-    return model
+    return conftest.shake(model) if shake else model
 
 
 @pytest.fixture(scope="module")

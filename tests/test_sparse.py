@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import asnn_common as asnn
+from conftest import shake
 
 V, D = 50, 32
 SIZES = [(1, 3), (7, 5), (33, 1), (64, 40), (257, 100)]  # X, out: below, at and beside multiples of BLOCK
@@ -63,15 +64,7 @@ def build(**options):
     torch.manual_seed(0)
     values = {"vocab_size": V, "d_model": D, "n_layer": 2, "n_positions": 24, "pad_token_id": 0, "head_width": 8,
               "spike_sites": asnn.SITES, **options}
-    model = asnn.GooseForCausalLM(asnn.GooseConfig(**values)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 2:
-                p.normal_(std=0.6 if "embeddings" in name or "positions" in name else 0.25)
-            elif "decay" in name:
-                p.copy_(torch.linspace(-1, 4, p.numel()))
-            else:
-                p.add_(0.2 * torch.rand_like(p))
+    model = shake(asnn.GooseForCausalLM(asnn.GooseConfig(**values)).eval())
     asnn.calibrate_encoders(model, torch.randint(1, V, (8, 24)))
     return model
 
