@@ -1,7 +1,8 @@
 """ASNN-Goose: recurrent language models with ternary spike activations, distilled from a transformer.
 
 Contents
-    1  Configuration   GooseConfig, Recipe, RECIPES, get_recipe, Profile, PROFILES, select_profile
+    1  Configuration   GooseConfig, Recipe, RECIPES, get_recipe, Profile, PROFILES, select_profile,
+                       environment
     2  Spikes          ternary_spike, SpikeStatistics, TernarySpike, SpikeEncoder
     3  Recurrence      recurrence_reference, _chunked, _step, _cumsum; matrix_recurrence_reference, _chunked, _step
     4  Model           GooseState, TimeMix, MatrixTimeMix, GooseBlock, GooseModel, GooseForCausalLM
@@ -13,8 +14,9 @@ Contents
     8  SpikingBrain    wilson_interval, bootstrap_interval, SpikeCapture, record_spikes, SpikeHealthChecker,
                        MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
                        intervene, Remediation, remediate
-    9  Sparse          SpikeVector, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, sparsify
-    11 Artefacts       environment, Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
+    9  Sparse          SpikeVector, load_kernel, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, compile_step,
+                       sparsify
+    11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
                        sample_texts, run_metrics, run_checks, results_table, model_card
 
 Glossary
@@ -47,6 +49,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib
 import inspect
@@ -58,7 +61,9 @@ import platform
 import random
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -568,14 +573,44 @@ def select_precision(device: torch.device, asked: str = "auto") -> tuple[str, st
     return ("bf16", f"bf16: the CPU has {', '.join(flags)}") if flags else ("fp32", "fp32: the CPU has no bf16 units")
 
 
+def cpu_facts() -> dict[str, str]:
+    """What the system says of the CPU, {"model name", "flags", ...} on Linux; {} elsewhere."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    return dict(tuple(part.strip() for part in line.split(":", 1)) for line in first.splitlines() if ":" in line)
+
+
 def _cpu_bf16_flags() -> list[str]:
     names = ("avx512_bf16", "amx_bf16")
     if hasattr(torch.cpu, "get_capabilities"):
         return [name for name in names if torch.cpu.get_capabilities().get(name)]
-    with contextlib.suppress(OSError):  # torch before 2.11
-        flags = Path("/proc/cpuinfo").read_text().split()
-        return [name for name in names if name in flags]
-    return []
+    return [name for name in names if name in cpu_facts().get("flags", "").split()]  # torch before 2.11
+
+
+def where_am_i() -> str:
+    """`kaggle`, `colab` or `local`. Kaggle is asked first: it sets Colab's variable too."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
+        return "kaggle"
+    return "colab" if os.environ.get("COLAB_RELEASE_TAG") else "local"
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions that a measurement belongs to."""
+    import importlib.metadata
+    cpu = cpu_facts().get("model name") or platform.processor()
+    with contextlib.suppress(AttributeError):
+        cores = len(os.sched_getaffinity(0))
+    versions = {}
+    for package in ("torch", "transformers", "datasets", "accelerate", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    gpus = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+            for i in range(torch.cuda.device_count())]
+    return {"platform": where_am_i(), "cpu": cpu, "cores": cores if "cores" in locals() else os.cpu_count(),
+            "threads": torch.get_num_threads(), "gpus": gpus, "python": platform.python_version(), "versions": versions,
+            "asnn_common": __version__}
 
 
 # ======================================================================================================
@@ -590,6 +625,11 @@ class _TernarySpikeFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, theta: Tensor, levels: int, binary: bool, estimator: str, width: float) -> Tensor:
         ctx.save_for_backward(x, theta)
         ctx.levels, ctx.binary, ctx.estimator, ctx.width = levels, binary, estimator, width
+        return _TernarySpikeFunction.count(x, theta, levels, binary)
+
+    @staticmethod
+    def count(x: Tensor, theta: Tensor, levels: int, binary: bool) -> Tensor:
+        """The forward pass alone."""
         value, threshold = x.float(), theta.float()
         magnitude = value if binary else value.abs()
         count = (magnitude > threshold).to(x.dtype)
@@ -643,6 +683,8 @@ def ternary_spike(x: Tensor, theta: Tensor, estimator: str = "clipped", levels: 
         ValueError for an estimator that does not exist.
     """
     require(estimator in ESTIMATORS, "estimator", estimator, ", ".join(ESTIMATORS))
+    if not torch.is_grad_enabled():
+        return _TernarySpikeFunction.count(x, theta, levels, binary)
     return _TernarySpikeFunction.apply(x, theta, levels, binary, estimator, width)
 
 
@@ -1173,8 +1215,15 @@ class FeedForward(nn.Module):
         return self.down(self.ffn_hidden(self.activation(self.up(self.ffn_in(x)))))
 
 
+@functools.cache
+def _compiled_layer() -> Callable[..., tuple[Tensor, LayerState]]:
+    return torch.compile(GooseBlock.layer)
+
+
 class GooseBlock(nn.Module):
     """x + time_mix(LN(x)), then x + FFN(LN(x))."""
+
+    compiled = False  # see `compile_step`
 
     def __init__(self, config: GooseConfig, layer: int):
         super().__init__()
@@ -1186,6 +1235,13 @@ class GooseBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 past: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """x (B, T, D), mask (B, T) with 0 at padding -> (B, T, D) and the state after the last token."""
+        if self.compiled and x.shape[1] == 1 and mask is None and past is not None and not torch.is_grad_enabled():
+            return _compiled_layer()(self, x, past)
+        return self.layer(x, past, mask)
+
+    def layer(self, x: Tensor, past: LayerState | None = None,
+              mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+        """What `forward` computes; here it can be compiled."""
         mixed, state = self.time_mix(self.ln_1(x), mask, past)
         x = x + mixed
         return x + self.ffn(self.ln_2(x)), state
@@ -4241,8 +4297,10 @@ def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSamp
 # A product of weights and spikes reads only the weights of channels that fired. X inputs, `out` outputs, n tokens.
 # Weights are kept as rows (X, out), one for each input channel, so that what a spike needs lies together.
 
-BACKENDS = ("dense", "gather", "gather_int8", "csr", "coo", "block")
-EXACT = tuple(name for name in BACKENDS if name != "gather_int8")  # but for the order of the sum
+BACKENDS = ("linear", "dense", "gather", "gather_int8", "embedding_bag", "embedding_bag_int8", "csr", "coo", "block")
+INT8 = ("gather_int8", "embedding_bag_int8")
+EXACT = tuple(name for name in BACKENDS if name not in INT8)  # but for the order of the sum
+LAYOUT = {name: "packed" if name in INT8 else "weight" if name == "linear" else "rows" for name in BACKENDS}
 BLOCK = 32  # input channels that the backend `block` skips together
 
 
@@ -4256,6 +4314,11 @@ class SpikeVector(NamedTuple):
 def dense_product(rows: Tensor, spikes: Tensor) -> Tensor:
     """rows (X, out), spikes (n, X) -> (n, out): the reference for the other backends, all with this signature."""
     return spikes @ rows
+
+
+def linear_product(weight: Tensor, spikes: Tensor) -> Tensor:
+    """What nn.Linear does, with weights (out, X) as it keeps them."""
+    return F.linear(spikes, weight)
 
 
 def _events(spikes: Tensor, bags: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -4275,8 +4338,8 @@ def _bags(n: int) -> int:
     return max(1, torch.get_num_threads()) if n == 1 else 1
 
 
-def gather_product(rows: Tensor, spikes: Tensor) -> Tensor:
-    """Adds and subtracts the rows of channels that fired: one fused kernel, on the CPU and on CUDA."""
+def embedding_bag_product(rows: Tensor, spikes: Tensor) -> Tensor:
+    """Adds and subtracts the rows of channels that fired: one fused kernel of the library, on the CPU and on CUDA."""
     bags = _bags(len(spikes)) if rows.device.type == "cpu" else 1
     index, value, offsets = _events(spikes, bags)
     out = F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=value.to(rows.dtype))  # (n bags, out)
@@ -4295,12 +4358,12 @@ def gather_static(rows: Tensor, spikes: Tensor, capacity: int) -> Tensor:
 
 
 def pack_rows(rows: Tensor) -> Tensor:
-    """rows (X, out) in int8 with a scale and an offset for each row: (X, out + 8) bytes, for gather_int8_product."""
+    """rows (X, out) in int8 with a scale and an offset for each row: (X, out + 8) bytes, for the backends in INT8."""
     return torch.ops.quantized.embedding_bag_byte_prepack(rows.float().cpu())
 
 
-def gather_int8_product(packed: Tensor, spikes: Tensor) -> Tensor:
-    """`gather_product` on packed rows, a fourth of the bytes at a relative error of about 0.7 %; CPU only."""
+def embedding_bag_int8_product(packed: Tensor, spikes: Tensor) -> Tensor:
+    """The same on packed rows, a fourth of the bytes at a relative error of about 0.7 %; CPU only."""
     bags = _bags(len(spikes))
     index, value, offsets = _events(spikes, bags)
     out = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(packed, index, offsets, False, 0, False, value.float(),
@@ -4328,9 +4391,179 @@ def block_product(rows: Tensor, spikes: Tensor) -> Tensor:
     return spikes[:, index] @ rows[index]
 
 
+# embedding_bag takes twice, on packed rows four times as long as the memory needs for the bytes, most of it in finding
+# the events and in rows that are asked for too late. This kernel does the same in one pass, and asks ahead.
+KERNEL = r"""
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace {
+constexpr int UNROLL = 4, AHEAD = 16;  // rows added at once, rows between asking for one and adding it
+
+// sum (out) += value[e] * row index[e] for `count` events e. A packed row is `out` bytes, its scale and its offset.
+template <typename T>
+void add_rows(const T* rows, int64_t stride, const int32_t* index, const float* value, int64_t count, int64_t out,
+              float* __restrict sum) {
+  constexpr bool packed = sizeof(T) == 1;
+  constexpr int64_t LINE = 64 / sizeof(T);
+  float offset = 0;
+  for (int64_t e = 0; e < std::min<int64_t>(count, AHEAD); ++e)
+    for (int64_t j = 0; j < stride; j += LINE) __builtin_prefetch(rows + index[e] * stride + j);
+  for (int64_t e = 0; e < count; e += UNROLL) {
+    const T *row[UNROLL], *next[UNROLL];
+    float factor[UNROLL];
+    for (int r = 0; r < UNROLL; ++r) {
+      const int64_t i = std::min(e + r, count - 1);
+      row[r] = rows + index[i] * stride;
+      next[r] = rows + index[std::min(i + AHEAD, count - 1)] * stride;
+      factor[r] = e + r < count ? value[i] : 0.0f;
+      if (packed) {
+        float pair[2];
+        std::memcpy(pair, row[r] + out, sizeof pair);
+        offset += factor[r] * pair[1];
+        factor[r] *= pair[0];
+      }
+    }
+    int64_t j = 0;
+    for (; j + LINE <= out; j += LINE) {
+      for (int r = 0; r < UNROLL; ++r) __builtin_prefetch(next[r] + j);
+      for (int64_t c = j; c < j + LINE; ++c)
+        sum[c] += factor[0] * row[0][c] + factor[1] * row[1][c] + factor[2] * row[2][c] + factor[3] * row[3][c];
+    }
+    for (; j < out; ++j)
+      sum[j] += factor[0] * row[0][j] + factor[1] * row[1][j] + factor[2] * row[2][j] + factor[3] * row[3][j];
+    for (int r = 0; r < UNROLL; ++r) __builtin_prefetch(next[r] + out);
+  }
+  if (packed)
+    for (int64_t j = 0; j < out; ++j) sum[j] += offset;
+}
+
+template <typename T>
+void gather(const T* rows, int64_t stride, int64_t out, const float* spikes, int64_t n, int64_t X, float* result) {
+  std::vector<int32_t> index(n * X + 1);
+  std::vector<float> value(n * X + 1);
+  std::vector<int64_t> begin(n + 1, 0);
+  int64_t events = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t i = 0; i < X; ++i) {  // without a branch: half of the spikes are zero, at random
+      index[events] = static_cast<int32_t>(i);
+      value[events] = spikes[t * X + i];
+      events += spikes[t * X + i] != 0;
+    }
+    begin[t + 1] = events;
+  }
+  // The events of a single token are shared by the threads, several tokens are dealt out to them.
+  const int64_t parts = n == 1 ? at::get_num_threads() : 1;
+  std::vector<float> sums((parts - 1) * out, 0.0f);
+  std::memset(result, 0, n * out * sizeof(float));
+  at::parallel_for(0, n * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t t = p / parts, part = p % parts, count = begin[t + 1] - begin[t];
+      const int64_t from = begin[t] + count * part / parts, to = begin[t] + count * (part + 1) / parts;
+      add_rows(rows, stride, index.data() + from, value.data() + from, to - from, out,
+               part ? sums.data() + (part - 1) * out : result + t * out);
+    }
+  });
+  for (int64_t p = 0; p + 1 < parts; ++p)
+    for (int64_t j = 0; j < out; ++j) result[j] += sums[p * out + j];
+}
+
+at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& spikes) {
+  const bool packed = rows.scalar_type() == at::kByte;
+  TORCH_CHECK(rows.dim() == 2 && spikes.dim() == 2 && rows.size(0) == spikes.size(1) && rows.is_contiguous() &&
+              spikes.is_contiguous() && spikes.scalar_type() == at::kFloat && (packed || rows.scalar_type() == at::kFloat),
+              "gather_rows takes contiguous rows (X, out) in fp32 or packed int8 and spikes (n, X) in fp32");
+  const int64_t n = spikes.size(0), X = spikes.size(1), out = rows.size(1) - (packed ? 8 : 0);
+  at::Tensor result = at::empty({n, out}, spikes.options());
+  if (packed)
+    gather(rows.const_data_ptr<uint8_t>(), rows.size(1), out, spikes.const_data_ptr<float>(), n, X, result.data_ptr<float>());
+  else
+    gather(rows.const_data_ptr<float>(), out, out, spikes.const_data_ptr<float>(), n, X, result.data_ptr<float>());
+  return result;
+}
+}  // namespace
+
+TORCH_LIBRARY(asnn_goose, m) { m.def("gather_rows(Tensor rows, Tensor spikes) -> Tensor"); }
+TORCH_LIBRARY_IMPL(asnn_goose, CPU, m) { m.impl("gather_rows", &gather_rows); }
+"""
+
+
+_KERNEL: dict[str, str] = {}  # what `load_kernel` returned; a dict, because torch.compile looks through no functools.cache
+
+
+def load_kernel() -> str:
+    """Makes KERNEL available as torch.ops.asnn_goose.gather_rows: built by torch.utils.cpp_extension for this machine,
+    about 10 s, and kept in the cache. Returns "", or in one sentence why it is not to be had; the library's gather takes
+    its place then. ASNN_KERNEL=0 switches it off."""
+    if "problem" not in _KERNEL:
+        _KERNEL["problem"] = _load_kernel()
+    return _KERNEL["problem"]
+
+
+def _load_kernel() -> str:
+    if os.environ.get("ASNN_KERNEL") == "0":
+        return "the C++ kernel is switched off by ASNN_KERNEL=0"
+    if not hasattr(torch.ops.asnn_goose, "gather_rows"):  # else this file was loaded twice
+        key = content_hash("kernel", KERNEL, torch.__version__, platform.machine(),
+                           *(cpu_facts().get(name, "") for name in ("model name", "flags", "Features")))
+        library = cache_folder() / "kernels" / key / "asnn_goose.so"
+        try:
+            if not library.is_file():
+                _build_kernel(library)
+            torch.ops.load_library(str(library))
+        except Exception as error:  # no compiler, no ninja, a full disk: all of them only cost speed
+            return f"the C++ kernel cannot be built: {(str(error).strip() or repr(error)).splitlines()[0][:200]}"
+        torch.library.register_fake("asnn_goose::gather_rows", lambda rows, spikes: spikes.new_empty(
+            spikes.shape[0], rows.shape[1] - 8 * (rows.dtype == torch.uint8)))
+    return ""
+
+
+def _build_kernel(library: Path) -> None:
+    """In a process of its own, which loads what it built and tells whether that runs here; moved into place when it is
+    whole, because another process may build it too."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    tqdm = import_optional("tqdm").tqdm
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, tqdm(
+            total=1, desc="building the C++ kernel, once on this machine", bar_format="{desc}: {elapsed}") as bar:
+        source = Path(folder) / "asnn_goose.cpp"
+        source.write_text(KERNEL)
+        build = ("import sys, torch; from torch.utils import cpp_extension; cpp_extension.load('asnn_goose', [sys.argv[1]], "
+                 "extra_cflags=['-O3', '-march=native', '-fopenmp'], build_directory=sys.argv[2], is_python_module=False); "
+                 "torch.ops.asnn_goose.gather_rows(torch.ones(8, 8), torch.ones(1, 8))")
+        done = subprocess.run([sys.executable, "-c", build, str(source), folder], capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise OSError((done.stderr.strip() or f"the compiler ended with {done.returncode}").splitlines()[-1])
+        os.replace(Path(folder) / "asnn_goose.so", library)
+        bar.update(1)
+
+
+def gather_product(rows: Tensor, spikes: Tensor) -> Tensor:
+    """`embedding_bag_product` by the kernel, where that could be built and the rows are fp32 on the CPU."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32 or not rows.is_contiguous() or load_kernel():
+        return embedding_bag_product(rows, spikes)
+    return torch.ops.asnn_goose.gather_rows(rows, spikes.float().contiguous())
+
+
+def gather_int8_product(packed: Tensor, spikes: Tensor) -> Tensor:
+    """`embedding_bag_int8_product` by the kernel, where that could be built."""
+    if load_kernel():
+        return embedding_bag_int8_product(packed, spikes)
+    return torch.ops.asnn_goose.gather_rows(packed, spikes.float().contiguous())
+
+
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "dense": dense_product, "gather": gather_product, "gather_int8": gather_int8_product, "csr": csr_product,
+    "linear": linear_product, "dense": dense_product, "gather": gather_product, "gather_int8": gather_int8_product,
+    "embedding_bag": embedding_bag_product, "embedding_bag_int8": embedding_bag_int8_product, "csr": csr_product,
     "coo": coo_product, "block": block_product}
+
+
+def product_weights(backend: str, rows: Tensor) -> Tensor:
+    """What a product takes as its weights, made of rows (X, out)."""
+    return pack_rows(rows) if backend in INT8 else rows.t().contiguous() if backend == "linear" else rows
 
 
 @dataclass(frozen=True)
@@ -4372,27 +4605,25 @@ def out_of_cache(make: Callable[[], Tensor], total: int = 96 * 2**20) -> Iterato
 
 
 class ProductBench:
-    """Products of one shape (X, out) by every backend and by a Linear, on weights out of cache."""
+    """Products of one shape (X, out) by every backend that runs on a device, on weights out of cache."""
 
     def __init__(self, X: int, out: int, backends: Iterable[str] = BACKENDS, device: torch.device | str = "cpu"):
         self.X, self.out, self.device = X, out, device
-        self.backends = [name for name in backends if name != "gather_int8" or torch.device(device).type == "cpu"]
-        self.rows = out_of_cache(lambda: torch.randn(X, out, device=device))
-        self.weights = out_of_cache(lambda: torch.randn(out, X, device=device))
-        if "gather_int8" in self.backends:
-            self.packed = out_of_cache(lambda: pack_rows(torch.randn(X, out)))
+        self.backends = [name for name in backends if name not in INT8 or torch.device(device).type == "cpu"]
+        turns = {layout: out_of_cache(lambda name=name: product_weights(name, torch.randn(X, out, device=device)))
+                 for layout, name in {LAYOUT[name]: name for name in self.backends}.items()}
+        self.weights = {name: turns[LAYOUT[name]] for name in self.backends}
 
     def calls(self, spikes: Tensor) -> dict[str, Callable[[], Tensor]]:
-        """{"Linear" or a backend: its product with spikes (n, X)}, for `time_interleaved`."""
-        turns = lambda name: self.packed if name == "gather_int8" else self.rows  # noqa: E731
-        found = {name: lambda product=PRODUCTS[name], turn=turns(name): product(next(turn), spikes) for name in self.backends}
-        return {"Linear": lambda: F.linear(spikes, next(self.weights)), **found}
+        """{backend: its product with spikes (n, X)}, for `time_interleaved`."""
+        return {name: lambda product=PRODUCTS[name], turn=turn: product(next(turn), spikes)
+                for name, turn in self.weights.items()}
 
 
 class BackendTable:
     """Which backend is fastest for (X, out, tokens, density) on this machine, as measured.
 
-    `rows` are {"in", "out", "tokens", "density", "device", "seconds": {backend, or "Linear" for comparison: median}}.
+    `rows` are {"in", "out", "tokens", "density", "device", "seconds": {backend: median}}.
     """
 
     TOKENS, DENSITIES = (1, 4, 16, 64), (0.1, 0.2, 0.4, 0.6, 0.8)
@@ -4402,13 +4633,14 @@ class BackendTable:
 
     @classmethod
     def measure(cls, shapes: Iterable[tuple[int, int]], device: torch.device | str = "cpu", seconds: float = 18.0,
-                backends: Iterable[str] = ("dense", "gather", "gather_int8", "csr"), progress: bool = True) -> BackendTable:
+                backends: Iterable[str] = ("linear", "dense", "gather", "gather_int8", "csr"),
+                progress: bool = True) -> BackendTable:
         """Measures shapes (X, out), weights out of cache, within about `seconds`; the result is kept in the cache under
         the hardware's name and loaded by the next call."""
         shapes = sorted(set(shapes))
         env = environment()
-        key = content_hash("backends 2", json.dumps([env["cpu"], env["gpus"], env["threads"], env["versions"]["torch"],
-                                                     str(device), shapes, sorted(backends)]))
+        key = content_hash("backends 3", json.dumps([env["cpu"], env["gpus"], env["threads"], env["versions"]["torch"],
+                                                     str(device), shapes, sorted(backends), KERNEL, load_kernel()]))
         path = cache_folder() / "sparse" / f"{key}.json"
         if path.is_file():
             return cls(json.loads(path.read_text())["rows"])
@@ -4429,14 +4661,29 @@ class BackendTable:
         write_atomically(path, json.dumps({"environment": env, "rows": rows}, indent=1))
         return cls(rows)
 
-    def choose(self, X: int, out: int, tokens: int, density: float, exact: bool = True) -> str:
-        """The fastest backend in the nearest cell that was measured; dense for a shape that was not."""
+    def seconds(self, X: int, out: int, tokens: int, density: float, exact: bool = True) -> dict[str, float]:
+        """{backend: seconds} in the nearest cell that was measured; {} for a shape that was not."""
         near = [row for row in self.rows if (row["in"], row["out"]) == (X, out)]
         if not near:
-            return "dense"
+            return {}
         row = min(near, key=lambda row: (abs(math.log(row["tokens"] / tokens)), abs(row["density"] - density)))
-        allowed = {name: value for name, value in row["seconds"].items() if name in (EXACT if exact else BACKENDS)}
-        return min(allowed, key=allowed.get, default="dense")
+        return {name: value for name, value in row["seconds"].items() if name in (EXACT if exact else BACKENDS)}
+
+    def choose(self, X: int, out: int, tokens: int, density: float, exact: bool = True) -> str:
+        """The fastest backend in the nearest cell that was measured; linear for a shape that was not."""
+        seconds = self.seconds(X, out, tokens, density, exact)
+        return min(seconds, key=seconds.get, default="linear")
+
+    def plan(self, X: int, out: int, density: float, exact: bool = True) -> dict[int, str]:
+        """The backend for each of TOKENS. Decoding, one token, comes first: more tokens use the same weights unless
+        another layout is more than 5 % faster, so that weights are kept twice only where that pays."""
+        plan: dict[int, str] = {}
+        for tokens in self.TOKENS:
+            best, seconds = (f(X, out, tokens, density, exact) for f in (self.choose, self.seconds))
+            kept = {LAYOUT[name] for name in plan.values()}
+            same = {name: value for name, value in seconds.items() if LAYOUT[name] in kept and value <= 1.05 * seconds[best]}
+            plan[tokens] = min(same, key=same.get, default=best)
+        return plan
 
 
 class SpikeEncode(nn.Module):
@@ -4466,11 +4713,11 @@ class SpikeLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.backend, self.density = backend, density
         rows = linear.weight.detach().t().contiguous()  # (X, out)
-        self.plan = {n: backend if backend != "auto" else table.choose(*rows.shape, n, density, exact)
-                     for n in BackendTable.TOKENS}
-        used = set(self.plan.values())
-        self.register_buffer("rows", rows if used - {"gather_int8"} else None)
-        self.register_buffer("packed", pack_rows(rows) if "gather_int8" in used else None)
+        self.plan = (table.plan(*rows.shape, density, exact) if backend == "auto"
+                     else dict.fromkeys(BackendTable.TOKENS, backend))
+        used = {LAYOUT[name]: name for name in self.plan.values()}
+        for layout in ("rows", "weight", "packed"):
+            self.register_buffer(layout, product_weights(used[layout], rows) if layout in used else None)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def backend_for(self, tokens: int) -> str:
@@ -4481,8 +4728,8 @@ class SpikeLinear(nn.Module):
         """spikes (..., X), scale (..., 1) -> (..., out)"""
         flat = x.spikes.reshape(-1, self.in_features)  # (n, X)
         name = self.backend_for(len(flat))
-        weights = self.packed if name == "gather_int8" else self.rows
-        out = PRODUCTS[name](weights, flat.to(torch.float32 if name == "gather_int8" else weights.dtype))
+        weights = getattr(self, LAYOUT[name])
+        out = PRODUCTS[name](weights, flat.to(torch.float32 if name in INT8 else weights.dtype))
         out = x.scale.to(out.dtype) * out.view(*x.spikes.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
@@ -4502,6 +4749,20 @@ class SpikeHead(nn.Module):
         return self.head(self.encode(x))
 
 
+def compile_step(student: GooseForCausalLM) -> GooseForCausalLM:
+    """Lets torch.compile fuse what a block does for one token without padding and without gradients; all else runs as it
+    does. The first tokens take half a minute. Returns the student, which stays as it is where nothing can compile."""
+    dynamo = import_optional("torch._dynamo")
+    if load_kernel() != "" and student.device.type == "cpu":
+        warnings.warn(f"not compiled: {load_kernel()}", stacklevel=2)
+        return student
+    # Every student in a process has graphs of its own for the same code; the library's limit is 8.
+    dynamo.config.recompile_limit = max(64, dynamo.config.recompile_limit)
+    for block in transformer_blocks(student):
+        block.compiled = True
+    return student
+
+
 def int8_linear(linear: nn.Linear) -> nn.Module:
     """A Linear with int8 weights, activations quantised as they come (`torch.ao` dynamic quantisation); CPU only."""
     quantize = import_optional("torch.ao.quantization").quantize_dynamic
@@ -4515,7 +4776,7 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
 @torch.no_grad()
 def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dense",
              density: dict[str, float] | None = None, table: BackendTable | None = None,
-             exact: bool = True) -> GooseForCausalLM:
+             exact: bool = True, compiled: bool = False) -> GooseForCausalLM:
     """A decoding copy of a student in which every Linear that an encoder feeds takes spikes and skips the zeros.
 
     `generate` and the logits are those of the student, up to the order of sums, and to 0.7 % per product with
@@ -4526,6 +4787,7 @@ def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dens
             gather_int8 only with exact=False.
         head: `dense`, `int8`, or `spikes` where the student has an encoder head_in.
         density: {"layer.site": share of non-zero spikes} that `auto` counts on; 0.4 where it is not given.
+        compiled: fuse the rest of a decoding step, see `compile_step`.
     Raises:
         ValueError for a student without encoders: its products are not fed by spikes, and nothing can be skipped.
     """
@@ -4571,7 +4833,7 @@ def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dens
         raise ValueError("a sparse copy cannot be saved: save the student it was made of, and call sparsify after loading.")
 
     copied.save_pretrained = refuse
-    return copied.eval()
+    return compile_step(copied.eval()) if compiled else copied.eval()
 
 
 # ======================================================================================================
@@ -4585,33 +4847,6 @@ def outputs_folder() -> Path:
     if os.environ.get("ASNN_OUTPUTS"):
         return Path(os.environ["ASNN_OUTPUTS"])
     return Path(__file__).resolve().parent / "outputs" if where_am_i() == "local" else Path.cwd() / "outputs"
-
-
-def where_am_i() -> str:
-    """`kaggle`, `colab` or `local`. Kaggle is asked first: it sets Colab's variable too."""
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
-        return "kaggle"
-    return "colab" if os.environ.get("COLAB_RELEASE_TAG") else "local"
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions that a measurement belongs to."""
-    import importlib.metadata
-    cpu = platform.processor()
-    with contextlib.suppress(OSError):
-        cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                    if line.startswith("model name")), cpu)
-    with contextlib.suppress(AttributeError):
-        cores = len(os.sched_getaffinity(0))
-    versions = {}
-    for package in ("torch", "transformers", "datasets", "accelerate", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    gpus = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
-            for i in range(torch.cuda.device_count())]
-    return {"platform": where_am_i(), "cpu": cpu, "cores": cores if "cores" in locals() else os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpus": gpus, "python": platform.python_version(), "versions": versions,
-            "asnn_common": __version__}
 
 
 class Run:
