@@ -16,6 +16,7 @@ Contents
                        intervene, Remediation, remediate
     9  Sparse          SpikeVector, load_kernel, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, compile_step,
                        sparsify
+    10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, operations, energy_estimate, Bench, bench
     11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
                        sample_texts, run_metrics, run_checks, results_table, model_card
 
@@ -42,6 +43,7 @@ Papers
     [14] Barber, Agakov 2003, The IM Algorithm: A Variational Approach to Information Maximization, NIPS
     [15] Paninski 2003, Estimation of Entropy and Mutual Information (Miller-Madow), Neural Computation 15
     [16] Ross 2014, Mutual Information between Discrete and Continuous Data Sets, PLoS ONE 9
+    [17] Horowitz 2014, Computing's Energy Problem (45 nm), ISSCC
 """
 from __future__ import annotations
 
@@ -4568,12 +4570,13 @@ def product_weights(backend: str, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median and quartiles over `runs` interleaved measurements."""
+    """Seconds of one call: median, quartiles and 95 % quantile over `runs` interleaved measurements."""
 
     median: float
     low: float
     high: float
     runs: int
+    p95: float
 
 
 def time_interleaved(calls: dict[str, Callable[[], Any]], runs: int = 7, min_seconds: float = 2e-3) -> dict[str, Timing]:
@@ -4587,8 +4590,8 @@ def time_interleaved(calls: dict[str, Callable[[], Any]], runs: int = 7, min_sec
     for _ in range(runs):
         for name, timer in timers.items():
             seconds[name].append(timer.timeit(number[name]).median)
-    quantiles = {name: np.quantile(values, (0.5, 0.25, 0.75)) for name, values in seconds.items()}
-    return {name: Timing(float(m), float(low), float(high), runs) for name, (m, low, high) in quantiles.items()}
+    quantiles = {name: np.quantile(values, (0.5, 0.25, 0.75, 0.95)).tolist() for name, values in seconds.items()}
+    return {name: Timing(m, low, high, runs, p95) for name, (m, low, high, p95) in quantiles.items()}
 
 
 def random_spikes(n: int, X: int, density: float, generator: torch.Generator | None = None) -> Tensor:
@@ -4773,10 +4776,21 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
         return quantize(nn.Sequential(plain), {nn.Linear}, dtype=torch.qint8)[0]
 
 
+def int8_embedding(embedding: nn.Embedding) -> nn.Module:
+    """An Embedding with rows in int8, each with a scale and an offset (`torch.ao` quantisation of weights); CPU only."""
+    library = import_optional("torch.ao.quantization")
+    with warnings.catch_warnings():  # a notice of deprecation at each call
+        warnings.simplefilter("ignore")
+        plain = nn.Embedding(*embedding.weight.shape, _weight=embedding.weight.detach().float().cpu())
+        packed = library.quantize_dynamic(nn.Sequential(plain), {nn.Embedding: library.float_qparams_weight_only_qconfig})[0]
+    packed.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))  # what its kernel asks for
+    return packed
+
+
 @torch.no_grad()
 def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dense",
              density: dict[str, float] | None = None, table: BackendTable | None = None,
-             exact: bool = True, compiled: bool = False) -> GooseForCausalLM:
+             exact: bool = True, embeddings: str = "dense", compiled: bool = False) -> GooseForCausalLM:
     """A decoding copy of a student in which every Linear that an encoder feeds takes spikes and skips the zeros.
 
     `generate` and the logits are those of the student, up to the order of sums, and to 0.7 % per product with
@@ -4787,12 +4801,14 @@ def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dens
             gather_int8 only with exact=False.
         head: `dense`, `int8`, or `spikes` where the student has an encoder head_in.
         density: {"layer.site": share of non-zero spikes} that `auto` counts on; 0.4 where it is not given.
+        embeddings: `dense`, or `int8` for a fourth of their memory.
         compiled: fuse the rest of a decoding step, see `compile_step`.
     Raises:
         ValueError for a student without encoders: its products are not fed by spikes, and nothing can be skipped.
     """
     require(backend in (*BACKENDS, "auto"), "backend", backend, ", ".join((*BACKENDS, "auto")))
     require(head in ("dense", "int8", "spikes"), "head", head, "dense, int8, spikes")
+    require(embeddings in ("dense", "int8"), "embeddings", embeddings, "dense, int8")
     encoders = {name: m for name, m in spike_modules(student).items() if isinstance(m, SpikeEncoder)}
     if not encoders or student.config.spike_kind == "dense":
         raise ValueError(f"spike_sites are {student.config.spike_sites} and spike_kind is {student.config.spike_kind}: no "
@@ -4828,12 +4844,363 @@ def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dens
     elif head == "spikes":
         copied.lm_head = SpikeHead(copied.goose.head_in, make(copied.lm_head, "head_in", copied.goose.head_in))
         copied.goose.head_in = nn.Identity()
+    if embeddings == "int8":
+        copied.goose.embeddings = int8_embedding(copied.goose.embeddings)
 
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise ValueError("a sparse copy cannot be saved: save the student it was made of, and call sparsify after loading.")
 
     copied.save_pretrained = refuse
     return compile_step(copied.eval()) if compiled else copied.eval()
+
+
+# ======================================================================================================
+# 10  Efficiency
+# ======================================================================================================
+
+ENERGY = {"MAC": 4.6e-12, "add": 0.9e-12, "DRAM byte": 640e-12 / 4}  # joules, fp32, 45 nm [17]; estimates, not measured
+HARDWARE = ("cpu", "cores", "threads", "gpus")  # of `environment`: measurements that differ in these are not compared
+
+
+@torch.no_grad()
+def random_student(recipe: Recipe, vocab_size: int, density: dict[str, float], seed: int = 42) -> GooseForCausalLM:
+    """A student with random weights, for measurements of speed, whose encoders fire with the given {site: density}: their
+    thresholds are set on a batch of random tokens."""
+    seed_everything(seed)
+    student = GooseForCausalLM(recipe.student_config(vocab_size)).eval()
+    sample = torch.randint(0, vocab_size, (2, 32))
+    calibrate_encoders(student, sample)
+
+    def fire(share: float) -> Callable[..., None]:
+        def hook(encoder: SpikeEncoder, args: tuple) -> None:
+            x = (args[0] - encoder.centre).flatten(0, -2)  # (B*T, X)
+            ratio = x.abs() / x.abs().mean(-1, keepdim=True).clamp_min(1e-6)
+            encoder.alpha.fill_(float(np.quantile(ratio.flatten()[:200_000].numpy(), 1 - share)))
+        return hook
+
+    # Each encoder is set on what the ones before it pass on.
+    handles = [m.register_forward_pre_hook(fire(density[name.split(".")[1]])) for name, m in spike_modules(student).items()
+               if isinstance(m, SpikeEncoder) and m.kind != "dense" and name.split(".")[1:2] and name.split(".")[1] in density]
+    student(sample)
+    for handle in handles:
+        handle.remove()
+    return student
+
+
+def quantize_int8(model: nn.Module, embeddings: bool = False) -> nn.Module:
+    """A copy in which every Linear, GPT-2's Conv1D included, and if asked every embedding is int8 by torch.ao's dynamic
+    quantisation; CPU only. What a user of the dense model would do to make it small and quick."""
+    from transformers.pytorch_utils import Conv1D
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Conv1D):  # its weight is (in, out)
+                linear = nn.Linear(*child.weight.shape)
+                linear.load_state_dict({"weight": child.weight.detach().t().contiguous(), "bias": child.bias.detach()})
+                child = linear
+            if isinstance(child, nn.Linear):
+                setattr(module, name, int8_linear(child))
+            elif embeddings and isinstance(child, nn.Embedding):
+                setattr(module, name, int8_embedding(child))
+    return model
+
+
+def tensor_bytes(*objects: Any) -> int:
+    """Bytes of all tensors in nested objects (modules, caches, named tuples), each storage counted once."""
+    seen: dict[int, int] = {}
+
+    def visit(item: Any) -> None:
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, nn.Module):
+            visit(item.state_dict(keep_vars=True))
+        elif isinstance(item, dict):
+            for value in item.values():
+                visit(value)
+        elif isinstance(item, (list, tuple)):
+            for value in item:
+                visit(value)
+        elif hasattr(item, "layers"):  # a cache of transformers: its layers hold keys and values
+            visit([vars(layer) for layer in item.layers])
+    visit(objects)
+    return sum(seen.values())
+
+
+class Decoder:
+    """Decodes one token of a causal language model with its cache at a fixed context, each time it is called.
+
+    The cache is the GooseState of a student, the keys and values of a transformer, which are cut by one after each call,
+    or the state of transformers' RWKV, which moves on: it is of the same size at any context.
+    """
+
+    def __init__(self, model: nn.Module, input_ids: Tensor):
+        self.model, self.last = model, input_ids[:, -1:]
+        takes = inspect.signature(model.forward).parameters
+        self.few = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.cache = self.prefill(input_ids)
+
+    def keyword(self, out: Any) -> tuple[str, Any]:
+        """The name under which the model takes the cache that is in its output."""
+        for name in ("state", "past_key_values"):
+            if getattr(out, name, None) is not None:
+                return name, getattr(out, name)
+        raise ValueError(f"{type(self.model).__name__} returns neither state nor past_key_values: it cannot be decoded "
+                         "token by token.")
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor) -> tuple[str, Any]:
+        """input_ids (B, T) -> (name, cache) after them."""
+        return self.keyword(self.model(input_ids, use_cache=True, **self.few))
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """Logits (B, 1, V) of the token after the context."""
+        name, cache = self.cache
+        out = self.model(self.last, use_cache=True, **{name: cache})
+        if name == "past_key_values":
+            out.past_key_values.crop(-1)
+            self.cache = (name, out.past_key_values)
+        return out.logits
+
+
+def peak_allocation(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Bytes that a call has allocated at most at once, over what was there before."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else writes two lines at each start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+        call()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())] or [0])
+    return int(max(0, sizes.max()))
+
+
+class EnergyMeter:
+    """Joules that a counter of the machine has counted: NVML's of the GPUs, or RAPL's of the CPU packages.
+
+    `source` names the counter, or is None where there is none that can be read; then energy can only be estimated.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", powercap: Path = Path("/sys/class/powercap")):
+        self.source, self.counters = None, []
+        if torch.device(device).type == "cuda":
+            with contextlib.suppress(Exception):  # no driver library, no permission, an old GPU
+                nvml = import_optional("pynvml")
+                nvml.nvmlInit()
+                handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+                self.counters = [lambda h=h: nvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3 for h in handles]
+                self.source = f"NVML, {len(handles)} GPU"
+        else:
+            files = [file for file in sorted(powercap.glob("intel-rapl:*/energy_uj")) if file.parent.name.count(":") == 1]
+            with contextlib.suppress(OSError, ValueError):  # only root may read it on most systems
+                for file in files:
+                    int(file.read_text())
+                self.counters = [lambda f=f: int(f.read_text()) / 1e6 for f in files]
+            self.source = f"RAPL, {len(files)} packages" if self.counters else None
+
+    def joules(self) -> float:
+        """The counters' sum. Raises ValueError where there is none."""
+        require(self.source is not None, "energy counter", self.source, "NVML or RAPL, readable")
+        return sum(counter() for counter in self.counters)
+
+    def per_call(self, call: Callable[[], Any], seconds: float = 5.0) -> float:
+        """Joules of one call over what the idle machine takes, from windows of `seconds` each."""
+        begin, clock = self.joules(), time.perf_counter()
+        time.sleep(seconds)
+        idle = (self.joules() - begin) / (time.perf_counter() - clock)
+        begin, clock, calls = self.joules(), time.perf_counter(), 0
+        while time.perf_counter() - clock < seconds:
+            call()
+            calls += 1
+        return (self.joules() - begin - idle * (time.perf_counter() - clock)) / calls
+
+
+def operations(student: GooseForCausalLM, density: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """What one token costs, product by product: {"layer", "product", "site", "MACs", "density", "adds", "skipped"}.
+
+    MACs are those of the dense form, whose sum FlopCounterMode finds too. Where spikes feed a product, `adds` are the
+    additions that the {"layer.site": density} leave, `skipped` the rest; elsewhere adds are 0 and nothing is skipped. The
+    last row of a layer, "state", is its elementwise update: one multiplication by the decay for each entry.
+    """
+    c, density, rows = student.config, density or {}, []
+    matrix, delta = c.state_kind != "vector", c.state_kind == "delta"
+    D, width, heads = c.d_model, c.ffn_width, c.d_model // c.head_width
+
+    def add(layer: int | None, product: str, site: str | None, macs: int, fed: bool) -> None:
+        share = density.get(f"{layer}.{site}" if layer is not None else site, 1.0) if fed else 1.0
+        adds = round(macs * share) if fed else 0
+        rows.append({"layer": "-" if layer is None else layer, "product": product, "site": site or "-", "MACs": macs,
+                     "density": share, "adds": adds, "skipped": macs - adds if fed else 0, "state updates": 0})
+
+    spiking = c.spike_kind != "dense"
+    for layer in range(c.n_layer):
+        for name, linear in (("k", "W_k"), ("v", "W_v"), ("r", "W_r"), *((("g", "W_g"),) if matrix else ())):
+            add(layer, linear, f"mix_in.{name}", D * D, spiking and "mix_in" in c.spike_sites)
+        if delta:
+            add(layer, "W_b", "mix_in.k", D * heads, spiking and "mix_in" in c.spike_sites)
+        for product, site, macs in (("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * width), ("W_2", "ffn_hidden", D * width)):
+            add(layer, product, site, macs, spiking and site in c.spike_sites)
+        if delta:
+            add(layer, "k S", "k", D * c.head_width, spiking)
+        if matrix:
+            add(layer, "r S", None, D * c.head_width, False)
+        state = D * c.head_width if matrix else D
+        rows.append({"layer": layer, "product": "state", "site": "k", "MACs": 0, "density": density.get(f"{layer}.k", 1.0),
+                     "adds": round(state * density.get(f"{layer}.k", 1.0)), "skipped": 0, "state updates": state})
+    add(None, "head", "head_in", D * c.vocab_size, spiking and "head_in" in c.spike_sites)
+    return rows
+
+
+def energy_estimate(rows: list[dict[str, Any]], bytes_read: int) -> dict[str, float]:
+    """Joules per token of the rows of `operations`, estimated with ENERGY, in three columns.
+
+    `as built`: everything that is computed as a multiply-accumulate, spikes that are zero left out only where adds say so.
+    `idealised`: products fed by spikes as additions. `idealised, with DRAM and head`: the same with the head and every
+    byte that a token reads from memory, `bytes_read`: that column is the one to compare systems by.
+    """
+    layers = [row for row in rows if row["product"] != "head"]
+    head = [row for row in rows if row["product"] == "head"]
+
+    def sums(some: list[dict[str, Any]], spike: float) -> float:
+        return sum((row["MACs"] - row["skipped"] - row["adds"] if row["product"] != "state" else 0) * ENERGY["MAC"]
+                   + row["adds"] * spike + row["state updates"] * ENERGY["MAC"] for row in some)
+    return {"as built": sums(rows, ENERGY["MAC"]), "idealised": sums(layers, ENERGY["add"]),
+            "idealised, with DRAM and head": sums(layers + head, ENERGY["add"]) + bytes_read * ENERGY["DRAM byte"]}
+
+
+@dataclass
+class Bench:
+    """Measurements of several systems on one machine: `rows` as `bench` makes them, and the `environment` they belong to."""
+
+    rows: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+    def key(self, row: dict[str, Any]) -> tuple:
+        """What a row is about."""
+        return row["system"], row["batch"], row["context"]
+
+    def same_hardware(self, other: Bench) -> None:
+        """Raises ValueError that names what differs, where two benches were not measured on the same hardware."""
+        for name in HARDWARE:
+            require(self.environment[name] == other.environment[name], f"{name} of the other measurements",
+                    other.environment[name], f"the same hardware, {self.environment[name]}")
+
+    def merge(self, other: Bench) -> Bench:
+        """Both sets of rows; the other's in the place of equal ones here."""
+        self.same_hardware(other)
+        return Bench(list({self.key(row): row for row in self.rows + other.rows}.values()), self.environment)
+
+    def agreement(self, other: Bench) -> dict[tuple, float]:
+        """{(system, batch, context): median latency there / median latency here} of what both measured."""
+        self.same_hardware(other)
+        there = {self.key(row): row for row in other.rows if "decode" in row}
+        return {key: there[key]["decode"]["median"] / row["decode"]["median"] for row in self.rows if "decode" in row
+                for key in [self.key(row)] if key in there}
+
+    def save(self, path: Path) -> None:
+        """Writes bench.json."""
+        write_atomically(path, json.dumps({"environment": self.environment, "rows": self.rows}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> Bench:
+        """Reads bench.json."""
+        return cls(**json.loads(path.read_text()))
+
+    def table(self) -> list[dict[str, str]]:
+        """The rows as text, measured values with their unit."""
+        def ms(timing: dict[str, float]) -> str:
+            return f"{1e3 * timing['median']:.2f} ({1e3 * timing['low']:.2f} to {1e3 * timing['high']:.2f})"
+
+        def mib(size: int) -> str:
+            return f"{size / 2**20:,.1f}"
+        table = []
+        for row in self.rows:
+            cells = {"system": row["system"], "batch": str(row["batch"]), "context": f"{row['context']:,}"}
+            if "decode" not in row:
+                table.append(cells | {"ms per step (quartiles)": row["status"]})
+                continue
+            memory, joules = row["memory"], row["joules per token"]
+            table.append(cells | {
+                "ms per step (quartiles)": ms(row["decode"]), "p95": f"{1e3 * row['decode']['p95']:.2f}",
+                "tokens/s": f"{row['tokens/s']:,.1f}", "time to first token, ms": ms(row["prefill"]) if row["prefill"] else "-",
+                "prefill tokens/s": f"{row['batch'] * row['context'] / row['prefill']['median']:,.0f}" if row["prefill"] else "-",
+                "weights, MiB": mib(memory["weights"]), "state or cache, MiB": mib(memory["cache"]),
+                "activations, MiB": mib(memory["activations"]), "J per token (measured)": f"{joules:.3g}" if joules else "-"})
+        columns = list(dict.fromkeys(name for row in table for name in row))
+        return [{name: row.get(name, "-") for name in columns} for row in table]
+
+    def markdown(self) -> str:
+        """The table for a README."""
+        table = self.table()
+        lines = [list(table[0]), ["---"] * len(table[0]), *([cell.replace("|", "/") for cell in row.values()] for row in table)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+    def latex(self) -> str:
+        """The table for a paper, in the style of booktabs."""
+        frame = import_optional("pandas").DataFrame(self.table())
+        return frame.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1).to_latex(hrules=True)
+
+
+def bench(model: nn.Module | dict[str, nn.Module], tokenizer: Any = None, contexts: Iterable[int] = (128,),
+          batches: Iterable[int] = (1,), repeats: int = 20, prefill_up_to: int = 1024, prompt: str | None = None,
+          energy_seconds: float = 5.0, progress: bool = True) -> Bench:
+    """Measures decoding of any causal language model of transformers, or of several in turns: latency and throughput,
+    time to first token, memory, energy where there is a counter.
+
+    Args:
+        model: a model, or {name: model}; all of them see the same token ids.
+        tokenizer: makes the token ids of `prompt`, repeated; without one they are random.
+        contexts: tokens before the one that is decoded. Models whose positions end earlier get a row that says so.
+        batches: sequences decoded at once.
+        repeats: interleaved measurements of each case, each after warm-up calls outside the clock.
+        prefill_up_to: longest context (times batch) whose prefill is timed.
+        energy_seconds: length of the window in which joules are counted.
+    Returns:
+        Bench with rows {"system", "parameters", "batch", "context", "decode", "tokens/s", "prefill", "memory" (bytes of
+        weights, cache and activations), "joules per token" (None without a counter)}; times in seconds, all measured.
+    """
+    systems = model if isinstance(model, dict) else {type(model).__name__: model}
+    contexts, batches = tuple(contexts), tuple(batches)
+    for name, values in (("contexts", contexts), ("batches", batches), ("repeats", (repeats,))):
+        require(values and all(isinstance(v, int) and v >= 1 for v in values), name, values, "whole numbers from 1")
+    vocab = min(m.config.vocab_size for m in systems.values())
+    device = next(itertools.chain.from_iterable(m.parameters() for m in systems.values()), torch.zeros(1)).device
+    ids = torch.randint(0, vocab, (max(contexts),), generator=torch.Generator().manual_seed(0))
+    if tokenizer is not None:
+        words = torch.tensor(tokenizer(prompt or "The state of a recurrent network does not grow. ")["input_ids"])
+        ids = words.repeat(-(-len(ids) // len(words)))[:len(ids)]
+    meter, rows = EnergyMeter(device), []
+    weights = {name: tensor_bytes(m) for name, m in systems.items()}
+    bar = import_optional("tqdm").tqdm(total=len(contexts) * len(batches), desc="bench", unit="case", disable=not progress)
+    for context, batch in itertools.product(contexts, batches):
+        inputs, decoders, ends = ids[:context].repeat(batch, 1).to(device), {}, {}
+        for name, m in systems.items():
+            m.eval()
+            ends[name] = None if getattr(m, "_is_stateful", False) else getattr(m.config, "max_position_embeddings", None)
+            if ends[name] is None or context < ends[name]:  # the decoded token needs a position too
+                decoders[name] = Decoder(m, inputs)
+        decode = time_interleaved(decoders, repeats, min_seconds=0.0)
+        prefill = {}
+        if context * batch <= prefill_up_to:
+            prefill = time_interleaved({n: lambda d=d: d.prefill(inputs) for n, d in decoders.items()}, 3, min_seconds=0.0)
+        for name in systems:
+            decoder = decoders.get(name)
+            rows.append({"system": name, "batch": batch, "context": context, "status": f"ends at {ends[name]} positions"}
+                        if decoder is None else {
+                "system": name, "parameters": count_parameters(systems[name]), "batch": batch, "context": context,
+                "decode": dataclasses.asdict(decode[name]), "tokens/s": batch / decode[name].median,
+                "prefill": dataclasses.asdict(prefill[name]) if prefill else None,
+                "memory": {"weights": weights[name], "cache": tensor_bytes(decoder.cache[1]),
+                           "activations": peak_allocation(decoder, device)},
+                "joules per token": meter.per_call(decoder, energy_seconds) / batch if meter.source else None})
+        bar.update(1)
+    bar.close()
+    return Bench(rows, environment() | {"energy counter": meter.source})
 
 
 # ======================================================================================================
