@@ -745,7 +745,7 @@ class TernarySpike(nn.Module):
             total, count = total + past.total.unsqueeze(1), count + past.count.unsqueeze(1)
         channel_mean = (self.PRIOR * token_mean + total) / (self.PRIOR + count)  # (B, T, D)
         mean = channel_mean if self.threshold == "channel" else (channel_mean * token_mean).sqrt()
-        return alpha * mean, SpikeStatistics(total[:, -1], count[:, -1])
+        return alpha * mean, SpikeStatistics(total[:, -1].clone(), count[:, -1].clone())
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -1132,7 +1132,8 @@ class TimeMix(nn.Module):
         if mask is not None:
             k = k * mask.unsqueeze(-1).to(k.dtype)
         out, S = self.remember(inputs, k, v, past.S if past else None)
-        return out, LayerState(S, x[:, -1], k_statistics, v_statistics)
+        # A copy: a view would keep the inputs of the whole window alive for as long as the state.
+        return out, LayerState(S, x[:, -1].clone(), k_statistics, v_statistics)
 
     def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
                  S: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -5161,7 +5162,7 @@ def bench(model: nn.Module | dict[str, nn.Module], tokenizer: Any = None, contex
         prefill_up_to: longest context (times batch) whose prefill is timed.
         energy_seconds: length of the window in which joules are counted.
     Returns:
-        Bench with rows {"system", "parameters", "batch", "context", "decode", "tokens/s", "prefill", "memory" (bytes of
+        Bench with rows {"system", "batch", "context", "decode", "tokens/s", "prefill", "memory" (bytes of
         weights, cache and activations), "joules per token" (None without a counter)}; times in seconds, all measured.
     """
     systems = model if isinstance(model, dict) else {type(model).__name__: model}
@@ -5192,7 +5193,7 @@ def bench(model: nn.Module | dict[str, nn.Module], tokenizer: Any = None, contex
             decoder = decoders.get(name)
             rows.append({"system": name, "batch": batch, "context": context, "status": f"ends at {ends[name]} positions"}
                         if decoder is None else {
-                "system": name, "parameters": count_parameters(systems[name]), "batch": batch, "context": context,
+                "system": name, "batch": batch, "context": context,
                 "decode": dataclasses.asdict(decode[name]), "tokens/s": batch / decode[name].median,
                 "prefill": dataclasses.asdict(prefill[name]) if prefill else None,
                 "memory": {"weights": weights[name], "cache": tensor_bytes(decoder.cache[1]),

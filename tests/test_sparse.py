@@ -1,9 +1,16 @@
-"""Sparse products: every backend against dense, the measured choice among them, and the decoding copy of a student."""
+"""Sparse products: every backend against dense, the C++ kernel, the measured choice among them, the decoding copy of a
+student and its compiled step."""
 import copy
 import itertools
 import json
 import math
+import os
+import random
+import subprocess
+import sys
 import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +37,7 @@ def error(got, expected):
 
 
 def product(name, rows, spikes):
-    return asnn.PRODUCTS[name](asnn.pack_rows(rows) if name == "gather_int8" else rows, spikes)
+    return asnn.PRODUCTS[name](asnn.product_weights(name, rows), spikes)
 
 
 def check_product(name, rows, spikes):
@@ -67,6 +74,42 @@ def build(**options):
     model = shake(asnn.GooseForCausalLM(asnn.GooseConfig(**values)).eval())
     asnn.calibrate_encoders(model, torch.randint(1, V, (8, 24)))
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel(cache):
+    """Builds the kernel in the cache of all tests, before a test with a cache of its own does: "", or why not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASNN_CACHE", str(cache))
+        return asnn.load_kernel()
+
+
+@pytest.fixture
+def gather_rows(kernel):
+    """The kernel itself; a machine without a compiler has none."""
+    if kernel:
+        pytest.skip(kernel)
+    return torch.ops.asnn_goose.gather_rows
+
+
+@pytest.fixture
+def library(gather_rows):
+    """The file that was built."""
+    return next(Path(path) for path in torch.ops.loaded_libraries if Path(path).name == "asnn_goose.so")
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    monkeypatch.setattr(asnn, "_KERNEL", {"problem": "no"})
+
+
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path):
+    """As a process begins: nothing loaded, nothing in the cache; returns the cache."""
+    monkeypatch.setattr(asnn, "_KERNEL", {})
+    monkeypatch.setattr(torch.ops, "asnn_goose", types.SimpleNamespace())
+    monkeypatch.setenv("ASNN_CACHE", str(tmp_path / "fresh"))
+    return tmp_path / "fresh"
 
 
 @pytest.fixture(scope="module")
@@ -161,25 +204,36 @@ def test_dense_is_the_plain_product():
 
 
 def test_products_are_listed_once_and_only_int8_rows_are_not_exact():
-    assert tuple(asnn.PRODUCTS) == asnn.BACKENDS
-    assert set(asnn.BACKENDS) - set(asnn.EXACT) == {"gather_int8"}
+    assert tuple(asnn.PRODUCTS) == tuple(asnn.LAYOUT) == asnn.BACKENDS and len(set(asnn.BACKENDS)) == len(asnn.BACKENDS)
+    assert set(asnn.BACKENDS) - set(asnn.EXACT) == set(asnn.INT8) == {"gather_int8", "embedding_bag_int8"}
+
+
+@pytest.mark.parametrize("name", asnn.BACKENDS)
+def test_the_weights_of_a_product_have_the_layout_it_is_listed_with(name):
+    rows = torch.randn(33, 11)
+    weights = asnn.product_weights(name, rows)
+    assert weights.is_contiguous()
+    assert torch.equal(weights, {"rows": rows, "weight": rows.t(), "packed": asnn.pack_rows(rows)}[asnn.LAYOUT[name]])
+    assert asnn.LAYOUT[name] == ("weight" if name == "linear" else "rows" if name in asnn.EXACT else "packed")
 
 
 @pytest.mark.parametrize("density", [0.1, 0.4, 1.0])
 @pytest.mark.parametrize("n", [1, 16])
-def test_int8_rows_cost_0_7_percent_of_a_gaussian_product(n, density):
+@pytest.mark.parametrize("name", asnn.INT8)
+def test_int8_rows_cost_0_7_percent_of_a_gaussian_product(name, n, density):
     rows, spikes = torch.randn(768, 768), asnn.random_spikes(n, 768, density)
-    assert 0.005 < error(product("gather_int8", rows, spikes), spikes @ rows) < 0.009
+    assert 0.005 < error(product(name, rows, spikes), spikes @ rows) < 0.009
 
 
-def test_packed_rows_have_a_scale_and_an_offset_each():
+@pytest.mark.parametrize("name", asnn.INT8)
+def test_packed_rows_have_a_scale_and_an_offset_each(name):
     """Rows of very different size and offset: the error of each is half a step of its own range at most."""
     rows = torch.randn(40, 100) * torch.logspace(-6, 4, 40).unsqueeze(1) + torch.linspace(-3, 3, 40).unsqueeze(1)
     rows[3] = 0.0
     rows[4] = 2.5  # no range
     packed = asnn.pack_rows(rows)
     assert packed.dtype == torch.uint8 and packed.shape == (40, 108)
-    unpacked = asnn.gather_int8_product(packed, torch.eye(40))
+    unpacked = asnn.PRODUCTS[name](packed, torch.eye(40))
     step = (rows.max(1).values - rows.min(1).values) / 255
     # Half a step, and the rounding of fp32 around an offset.
     assert ((unpacked - rows).abs().max(1).values <= 0.501 * step + 1e-6 * rows.abs().max(1).values).all()
@@ -206,7 +260,7 @@ def test_a_single_token_takes_as_many_bags_as_threads(threads, monkeypatch):
     asked, events = [], asnn._events
     monkeypatch.setattr(asnn, "_events", lambda spikes, bags: asked.append(bags) or events(spikes, bags))
     for n in (1, 2, 9):
-        for name in ("gather", "gather_int8"):
+        for name in ("embedding_bag", "embedding_bag_int8"):
             product(name, torch.randn(20, 6), asnn.random_spikes(n, 20, 0.5))
     assert asked == [threads, threads, 1, 1, 1, 1]
 
@@ -250,12 +304,258 @@ def test_block_multiplies_only_blocks_in_which_something_fired():
     close(asnn.block_product(rows, spikes), torch.stack((rows[3], rows[2 * asnn.BLOCK] - rows[-1])))
 
 
-@pytest.mark.parametrize("name", ["gather", "gather_int8", "csr", "coo", "block"])
+@pytest.mark.parametrize("name", [name for name in asnn.BACKENDS if name not in ("linear", "dense")])
 def test_channels_that_are_silent_are_not_read(name):
     rows, spikes = torch.randn(96, 7), torch.zeros(1, 96)
     spikes[0, 5] = 1.0
     rows[40:] = math.nan
     assert product(name, rows, spikes).isfinite().all()
+
+
+# ---- the kernel ----------------------------------------------------------------------------------
+
+
+WIDTHS = (1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 300)  # X: at and beside multiples of the events added at once
+OUTS = (1, 15, 16, 17, 63, 64, 65, 200)  # at and beside a line of 16 fp32 numbers, of 64 bytes
+FIRED = (0, 1, 3, 4, 5, 16, 17, 21, 300)  # events of each token, as far as there are channels
+
+
+def fired(n, X, count, values=(-3, -2, -1, 1, 2, 3)):
+    """Spikes (n, X) with exactly so many events in each token, if it has the channels."""
+    index = torch.rand(n, X).topk(min(count, X)).indices
+    return torch.zeros(n, X).scatter(1, index, torch.tensor(values)[torch.randint(len(values), index.shape)].float())
+
+
+def cases():
+    for X, out, n, count in itertools.product(WIDTHS, OUTS, (0, 1, 2, 5), FIRED):
+        if count <= X or count == 300:
+            yield X, out, fired(n, X, count)
+
+
+def whole_packed(X, out):
+    """(packed rows, the same in fp32) of which every sum is exact in fp32, in whatever order it is taken."""
+    steps, pair = torch.randint(0, 256, (X, out), dtype=torch.uint8), torch.randint(-64, 65, (X, 2)).float()
+    return torch.cat((steps, pair.view(torch.uint8)), 1), pair[:, :1] * steps + pair[:, 1:]
+
+
+def test_the_kernel_is_exact_on_whole_numbers(gather_rows, threads):
+    for X, out, spikes in cases():
+        rows, (packed, unpacked) = torch.randint(-99, 100, (X, out)).float(), whole_packed(X, out)
+        assert torch.equal(gather_rows(rows, spikes), spikes @ rows), (X, out, spikes.shape)
+        assert torch.equal(gather_rows(packed, spikes), spikes @ unpacked), (X, out, spikes.shape)
+
+
+def test_the_kernel_is_the_library_s_gather(gather_rows, threads):
+    """And the dense product; packed rows to the rounding of fp32, not to that of int8."""
+    for X, out, spikes in cases():
+        rows = torch.randn(X, out)
+        packed = asnn.pack_rows(rows)
+        scale, offset = packed[:, out:].contiguous().view(torch.float32).double().split(1, 1)
+        for weights, unpacked, reference in ((rows, rows.double(), asnn.embedding_bag_product),
+                                             (packed, scale * packed[:, :out] + offset, asnn.embedding_bag_int8_product)):
+            got, size = gather_rows(weights, spikes), (spikes.double().square() @ unpacked.square()).sum().sqrt()
+            assert got.dtype == torch.float32
+            for expected in (spikes.double() @ unpacked, reference(weights, spikes)):
+                assert got.shape == expected.shape == (len(spikes), out)
+                assert (got - expected).norm() <= 1e-5 * size, (X, out, spikes.shape)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.4, 1.0])
+def test_a_token_has_the_same_sum_to_the_bit_in_any_company_on_any_threads(gather_rows, density):
+    rows, spikes, before = torch.randn(300, 65), counts(7, 300, density), torch.get_num_threads()
+    for weights in (rows, asnn.pack_rows(rows)):
+        alone = torch.cat([gather_rows(weights, spikes[t:t + 1]) for t in range(7)])
+        try:
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                assert torch.equal(gather_rows(weights, spikes), alone)
+                close(torch.cat([gather_rows(weights, spikes[t:t + 1]) for t in range(7)]), alone)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 18])
+def test_nan_in_a_spike_or_in_its_row_is_passed_on(gather_rows, threads, count):
+    for n, place in itertools.product((1, 3), sorted({0, count // 2, count - 1})):
+        spikes = fired(n, 40, count)
+        channel = spikes[n - 1].nonzero()[place].item()
+        spikes[:n - 1, channel] = 0.0
+        rows, (packed, _) = torch.randn(40, 70), whole_packed(40, 70)
+        ill, ill_packed, wrong = rows.clone(), packed.clone(), spikes.clone()
+        ill[channel, 66], wrong[n - 1, channel] = math.nan, math.nan
+        ill_packed[channel, 70 + 4 * (place % 2):][:4] = torch.tensor([math.nan]).view(torch.uint8)  # scale or offset
+        lost = gather_rows(ill, spikes).isnan()
+        assert lost[-1].nonzero().flatten().tolist() == [66] and not lost[:-1].any()
+        for lost in (gather_rows(rows, wrong), gather_rows(packed, wrong), gather_rows(ill_packed, spikes)):
+            assert lost[-1].isnan().all() and not lost[:-1].isnan().any()
+
+
+def test_gather_runs_the_kernel_and_not_the_library(gather_rows, monkeypatch):
+    def library_product(*_):
+        raise AssertionError("the library's")
+    for name in ("embedding_bag_product", "embedding_bag_int8_product"):
+        monkeypatch.setattr(asnn, name, library_product)
+    rows, spikes = torch.randn(40, 20), counts(3, 40, 0.4)
+    for name in ("gather", "gather_int8"):
+        weights = asnn.product_weights(name, rows)
+        assert torch.equal(asnn.PRODUCTS[name](weights, spikes), gather_rows(weights, spikes))
+
+
+@pytest.mark.parametrize("name", ["gather", "gather_int8"])
+def test_gather_takes_spikes_of_any_type_and_stride(name):
+    rows = torch.randn(40, 20)
+    for n in (1, 2, 5):
+        spikes = counts(n, 40, 0.4)
+        wide = torch.full((n, 80), 7.0)
+        wide[:, ::2] = spikes
+        views = {"transposed": spikes.t().contiguous().t(), "every second": wide[:, ::2],
+                 "expanded": spikes[:1].expand(n, 40),
+                 **{str(dtype): spikes.to(dtype) for dtype in (torch.float64, torch.float16, torch.int8, torch.int64)}}
+        for kind, view in views.items():
+            expected = product(name, rows, view.float().contiguous())
+            assert torch.equal(product(name, rows, view), expected) and expected.any(), kind
+    assert not views["transposed"].is_contiguous() and not views["expanded"].is_contiguous()
+
+
+@pytest.mark.parametrize("kind, change, bound", [
+    ("fp64", lambda rows: rows.double(), 1e-12), ("fp16", lambda rows: rows.half(), 2e-3),
+    ("transposed", lambda rows: rows.t().contiguous().t(), 1e-5), ("sliced", lambda rows: rows[:, 5:15], 1e-5)])
+def test_rows_that_the_kernel_does_not_take_go_to_the_library(monkeypatch, kind, change, bound):
+    asked, library_product = [], asnn.embedding_bag_product
+    monkeypatch.setattr(asnn, "embedding_bag_product", lambda *a: asked.append(a) or library_product(*a))
+    rows = change(torch.randn(40, 20))
+    for n in (1, 4):
+        spikes = counts(n, 40, 0.4).to(rows.dtype)
+        got = asnn.gather_product(rows, spikes)
+        assert got.dtype == rows.dtype and error(got, spikes.double() @ rows.double()) < bound
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("kind, rows, spikes", [
+    ("other width", torch.zeros(5, 3), torch.zeros(1, 4)), ("spikes of one dimension", torch.zeros(5, 3), torch.zeros(5)),
+    ("spikes of three", torch.zeros(5, 3), torch.zeros(1, 1, 5)), ("rows of one", torch.zeros(5), torch.zeros(1, 5)),
+    ("fp64 rows", torch.zeros(5, 3).double(), torch.zeros(1, 5)), ("fp16 rows", torch.zeros(5, 3).half(), torch.zeros(1, 5)),
+    ("signed bytes", torch.zeros(5, 12, dtype=torch.int8), torch.zeros(1, 5)),
+    ("fp64 spikes", torch.zeros(5, 3), torch.zeros(1, 5).double()),
+    ("int8 spikes", torch.zeros(5, 3), torch.zeros(1, 5, dtype=torch.int8)),
+    ("transposed rows", torch.zeros(3, 5).t(), torch.zeros(1, 5)),
+    ("transposed spikes", torch.zeros(5, 3), torch.zeros(5, 2).t()),
+    ("packed of other width", torch.zeros(5, 12, dtype=torch.uint8), torch.zeros(1, 4)),
+    ("transposed packed", torch.zeros(12, 5, dtype=torch.uint8).t(), torch.zeros(1, 5))])
+def test_the_kernel_refuses_what_it_would_misread(gather_rows, kind, rows, spikes):
+    with pytest.raises(RuntimeError, match=r"^gather_rows takes contiguous rows \(X, out\) in fp32 or packed int8 and "
+                                           r"spikes \(n, X\) in fp32"):
+        gather_rows(rows, spikes)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_the_kernel_is_what_it_tells_the_compiler_it_is(gather_rows, n):
+    rows = torch.randn(40, 20)
+    for weights in (rows, asnn.pack_rows(rows)):
+        torch.library.opcheck(gather_rows.default, (weights, counts(n, 40, 0.4)),
+                              test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_library_stands_in_for_a_kernel_that_is_not_to_be_had(no_kernel, monkeypatch, threads):
+    asked = []
+    for name in ("embedding_bag_product", "embedding_bag_int8_product"):
+        monkeypatch.setattr(asnn, name, lambda *a, name=name, f=getattr(asnn, name): asked.append(name) or f(*a))
+    rows = torch.randn(40, 20)
+    for n in (1, 4):
+        spikes = counts(n, 40, 0.4)
+        for name in ("gather", "gather_int8"):
+            assert torch.equal(product(name, rows, spikes), product(f"embedding_bag{name[6:]}", rows, spikes))
+    # Once for gather; PRODUCTS has the functions themselves.
+    assert asked == ["embedding_bag_product", "embedding_bag_int8_product"] * 2
+
+
+def sentence(problem):
+    """A reason is one line without a folder of a single run, since tables are kept under it."""
+    assert problem.startswith("the C++ kernel ") and len(problem) < 300 and len(problem.splitlines()) == 1
+    return problem
+
+
+def check_without_kernel():
+    rows, spikes = torch.randn(40, 20), counts(3, 40, 0.4)
+    for name in ("gather", "gather_int8"):
+        assert torch.equal(product(name, rows, spikes), product(f"embedding_bag{name[6:]}", rows, spikes))
+        linear = nn.Linear(40, 20)
+        assert error(asnn.SpikeLinear(linear, name)(asnn.SpikeVector(spikes, torch.ones(3, 1))), linear(spikes)) < BOUND[name]
+
+
+def test_the_kernel_can_be_switched_off(unloaded, monkeypatch):
+    monkeypatch.setattr(asnn, "_build_kernel", no_measuring)
+    monkeypatch.setenv("ASNN_KERNEL", "0")
+    assert sentence(asnn.load_kernel()) == "the C++ kernel is switched off by ASNN_KERNEL=0"
+    check_without_kernel()
+    assert not unloaded.exists()
+
+
+@pytest.mark.parametrize("failure, reason", [
+    (OSError(28, "No space left on device"), "No space left on device"), (RuntimeError("first line\nsecond"), "first line"),
+    (OSError(), "OSError()"), (ValueError("  \n"), "ValueError"), (OSError("x" * 999), "x" * 100),
+    (ImportError("ninja is needed here and is not installed: pip install ninja."), "ninja is needed here")])
+def test_a_build_that_fails_is_tried_once_and_told_in_one_sentence(unloaded, monkeypatch, failure, reason):
+    tried = []
+
+    def build_kernel(library):
+        tried.append(library)
+        raise failure
+    monkeypatch.setattr(asnn, "_build_kernel", build_kernel)
+    assert reason in sentence(asnn.load_kernel())
+    check_without_kernel()
+    assert asnn.load_kernel() == asnn.load_kernel() and len(tried) == 1 and unloaded in tried[0].parents
+
+
+@pytest.mark.parametrize("content", [b"", b"no library" * 999, b"\x7fELF"])
+def test_a_file_in_the_cache_that_is_no_library_is_told(unloaded, monkeypatch, content):
+    paths = []
+    monkeypatch.setattr(asnn, "_build_kernel", lambda library: paths.append(library) or 1 / 0)
+    assert "division" in asnn.load_kernel()
+    paths[0].parent.mkdir(parents=True)
+    paths[0].write_bytes(content)
+    monkeypatch.setattr(asnn, "_KERNEL", {})
+    assert sentence(asnn.load_kernel())
+    check_without_kernel()
+
+
+def other_process(cache, code, **variables):
+    """What the code prints in a process of its own, where no kernel is loaded."""
+    code = "import torch, asnn_common as asnn\nfrom pathlib import Path\n" + code
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={
+        **os.environ, "ASNN_CACHE": str(cache), "PYTHONPATH": str(Path(asnn.__file__).parent), **variables})
+    assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
+    return done.stdout.strip()
+
+
+COMPARE = """
+rows, spikes = torch.randn(40, 20), asnn.random_spikes(3, 40, 0.4)
+print(asnn.load_kernel())
+print(torch.equal(asnn.gather_product(rows, spikes), asnn.embedding_bag_product(rows, spikes)))
+print(torch.allclose(asnn.gather_product(rows, spikes), spikes @ rows, atol=1e-4))
+"""
+
+
+def test_another_process_takes_the_kernel_from_the_cache(library):
+    code = "def build(library): raise OSError('built again')\nasnn._build_kernel = build\n"
+    out = other_process(library.parents[2], code + COMPARE).splitlines()
+    assert len(out) == 2 and out[1] == "True"  # the first line, which says why not, is empty and stripped
+
+
+def test_without_a_compiler_there_is_a_sentence_and_the_library(tmp_path):
+    problem, same, right = other_process(tmp_path, COMPARE, CXX=str(tmp_path / "none")).splitlines()
+    assert sentence(problem).startswith("the C++ kernel cannot be built: ") and same == right == "True"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing is left that a later run would load
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_half_a_library_in_the_cache_does_not_end_the_process(library, tmp_path, share):
+    """The loader maps a file that is too short and would end with a bus error. Without a compiler: no second build."""
+    broken = tmp_path / library.relative_to(library.parents[2])
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(library.read_bytes()[:int(share * library.stat().st_size)])
+    out = other_process(tmp_path, COMPARE, CXX=str(tmp_path / "none")).splitlines()
+    assert out[-1] == "True" and (len(out) == 2 or sentence(out[0]))
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -302,14 +602,17 @@ def test_random_spikes_are_ternary_of_the_density_asked_for(density):
 def test_a_bench_calls_every_product_on_weights_of_its_shape():
     bench, spikes = asnn.ProductBench(33, 11), asnn.random_spikes(3, 33, 0.4)
     calls = bench.calls(spikes)
-    assert list(calls) == ["Linear", *asnn.BACKENDS]
+    assert list(calls) == list(asnn.BACKENDS)
     assert {call().shape for call in calls.values()} == {(3, 11)}
-    rows, weights = next(bench.rows), next(bench.weights)
-    assert next(bench.rows).data_ptr() != rows.data_ptr() and next(bench.weights).data_ptr() != weights.data_ptr()
-    bench.weights, bench.rows, bench.packed = (itertools.repeat(t) for t in (rows.t(), rows, asnn.pack_rows(rows)))
+    for name, turn in bench.weights.items():
+        first, second = next(turn), next(turn)
+        assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+        assert first.shape == asnn.product_weights(name, torch.zeros(33, 11)).shape
+    rows = torch.randn(33, 11)
+    bench.weights = {name: itertools.repeat(asnn.product_weights(name, rows)) for name in bench.weights}
     for name, call in bench.calls(spikes).items():
-        assert error(call(), spikes @ rows) < BOUND.get(name, 1e-5)
-    assert list(asnn.ProductBench(33, 11, ("csr", "gather")).calls(spikes)) == ["Linear", "csr", "gather"]
+        assert error(call(), spikes @ rows) < BOUND[name]
+    assert list(asnn.ProductBench(33, 11, ("csr", "gather")).calls(spikes)) == ["csr", "gather"]
     # Only the CPU has int8 rows; `meta` stands for any other device.
     assert asnn.ProductBench(33, 11, device="meta").backends == list(asnn.EXACT)
 
@@ -335,11 +638,12 @@ def test_a_table_has_every_cell_and_is_measured_once(measure, monkeypatch):
     expected = set(itertools.product((7, 5), (5, 7), asnn.BackendTable.TOKENS, asnn.BackendTable.DENSITIES))
     assert cells == {c for c in expected if c[0] != c[1]} and len(table.rows) == len(cells)
     for row in table.rows:
-        assert row["device"] == "cpu" and set(row["seconds"]) == {"Linear", "dense", "gather", "gather_int8", "csr"}
+        assert row["device"] == "cpu" and set(row["seconds"]) == {"linear", "dense", "gather", "gather_int8", "csr"}
         assert all(0 < value < 1 for value in row["seconds"].values())
     for row, exact in itertools.product(table.rows, (True, False)):
         name = table.choose(row["in"], row["out"], row["tokens"], row["density"], exact)
-        assert row["seconds"][name] <= row["seconds"]["dense"]  # never slower where it was measured
+        # Never slower where it was measured.
+        assert row["seconds"][name] <= min(row["seconds"]["dense"], row["seconds"]["linear"])
     monkeypatch.setattr(asnn, "time_interleaved", no_measuring)
     for shapes in ([(7, 5), (5, 7)], [(5, 7), (7, 5), (7, 5)]):
         assert measure(shapes).rows == table.rows
@@ -348,7 +652,7 @@ def test_a_table_has_every_cell_and_is_measured_once(measure, monkeypatch):
 
 
 def fake_timing(calls, **_options):
-    return {name: asnn.Timing(1.0, 1.0, 1.0, 1) for name in calls}
+    return {name: asnn.Timing(1.0, 1.0, 1.0, 1, 1.0) for name in calls}
 
 
 def test_the_file_of_a_table_names_the_hardware_and_belongs_to_it(measure, monkeypatch):
@@ -361,14 +665,20 @@ def test_the_file_of_a_table_names_the_hardware_and_belongs_to_it(measure, monke
     for change in ({"cpu": "another one"}, {"threads": 5}, {"gpus": ["T4, 15 GiB"]}, {"versions": {"torch": "9.9"}}):
         monkeypatch.setattr(asnn, "environment", lambda change=change: {**env, **change})
         measure([(7, 5)])
+    monkeypatch.setattr(asnn, "environment", lambda: env)
     assert len(list(measure.folder.iterdir())) == 6
+    for change in ({"KERNEL": "// another one"}, {"_KERNEL": {"problem": "no compiler"}}):
+        for name, value in change.items():
+            monkeypatch.setattr(asnn, name, value)
+        measure([(7, 5)])
+    assert len(list(measure.folder.iterdir())) == 8
 
 
 def test_int8_rows_are_not_measured_where_they_cannot_run(measure, monkeypatch):
     """Only the CPU has them; `meta` stands for any other device."""
     monkeypatch.setattr(asnn, "time_interleaved", fake_timing)
     rows = measure([(7, 5)], device="meta").rows
-    assert {tuple(row["seconds"]) for row in rows} == {("Linear", "dense", "gather", "csr")}
+    assert {tuple(row["seconds"]) for row in rows} == {("linear", "dense", "gather", "csr")}
     assert {row["device"] for row in rows} == {"meta"}
 
 
@@ -387,12 +697,80 @@ def test_the_fastest_backend_of_the_nearest_cell_is_chosen(tokens, density, exac
     assert table.choose(6, 4, tokens, density) == table.choose(6, 4, tokens, density, exact=True) == exact
     assert table.choose(6, 4, tokens, density, exact=False) == inexact
     assert table.choose(4, 6, 1, density) == "coo"
-    assert table.choose(6, 6, tokens, density, exact=False) == "dense"  # not measured
+    assert table.choose(6, 6, tokens, density, exact=False) == "linear"  # not measured
 
 
 @pytest.mark.parametrize("rows", [[], [cell(1, 0.2, gather_int8=1.0)]])
-def test_dense_is_chosen_where_nothing_allowed_was_measured(rows):
-    assert asnn.BackendTable(rows).choose(6, 4, 1, 0.2, exact=True) == "dense"
+def test_linear_is_chosen_where_nothing_allowed_was_measured(rows):
+    table = asnn.BackendTable(rows)
+    assert table.choose(6, 4, 1, 0.2, exact=True) == "linear" and table.seconds(6, 4, 1, 0.2, exact=True) == {}
+    assert table.plan(6, 4, 0.2, exact=True) == dict.fromkeys(asnn.BackendTable.TOKENS, "linear")
+
+
+def test_the_seconds_of_a_cell_are_those_of_the_backends_that_are_allowed():
+    table = asnn.BackendTable(TABLE)
+    assert table.seconds(6, 4, 1, 0.3) == {"dense": 5.0, "gather": 2.0}
+    assert table.seconds(6, 4, 1, 0.3, exact=False) == {"dense": 5.0, "gather": 2.0, "gather_int8": 1.0}
+    assert table.seconds(6, 4, 500, 1.0, exact=False) == {"dense": 1.0, "block": 0.9, "gather_int8": 0.8}
+    assert table.seconds(6, 6, 1, 0.3, exact=False) == {}
+
+
+FAST, SAME, SLOW = 1.0, 1.04, 1.07  # more than 5 % slower than FAST is SLOW
+
+
+@pytest.mark.parametrize("exact, seconds, expected", [
+    # One token takes what is fastest, however little that is.
+    (True, [{"linear": 1.0, "gather": 1.001}], ["linear"]),
+    (True, [{"linear": 1.001, "gather": 1.0}], ["gather"]),
+    # More tokens keep to its layout within 5 %, and take the fastest there.
+    (True, [{"linear": 2, "gather": 1}, *[{"linear": FAST, "gather": SLOW, "csr": SAME, "dense": 1.05}] * 3],
+     ["gather", "csr", "csr", "csr"]),
+    (True, [{"linear": 1, "gather": 2}, *[{"linear": SAME, "gather": FAST}] * 2, {"linear": SLOW, "gather": FAST}],
+     ["linear", "linear", "linear", "gather"]),
+    # They leave it beyond, and what is kept twice then is free to choose from.
+    (True, [{"linear": 2, "gather": 1}, {"linear": FAST, "gather": SLOW, "csr": SLOW},
+            {"linear": SAME, "gather": FAST}, {"linear": FAST, "dense": SAME}], ["gather", "linear", "gather", "linear"]),
+    (True, [{"linear": 2, "gather": 1}, {"linear": FAST, "dense": 1.05}, {"linear": FAST, "dense": 1.0501}],
+     ["gather", "dense", "linear", "linear"]),
+    # int8 rows are a layout of their own, and count only where they are allowed.
+    (False, [{"linear": 3, "gather": 2, "gather_int8": 1}, {"linear": FAST, "embedding_bag_int8": SAME},
+             {"gather": FAST, "gather_int8": SLOW}, {"gather": SLOW, "linear": FAST, "gather_int8": SAME}],
+     ["gather_int8", "embedding_bag_int8", "gather", "gather_int8"]),
+    (True, [{"linear": 3, "gather": 2, "gather_int8": 1}, {"linear": FAST, "gather": SAME, "gather_int8": 0.1}],
+     ["gather", "gather", "gather", "gather"]),
+    # 5 % of what is allowed, not of what is fastest of all.
+    (True, [{"linear": 1}, {"linear": SAME, "gather": FAST, "gather_int8": 0.1}], ["linear"])])
+def test_more_tokens_keep_the_layout_of_one_within_5_percent(exact, seconds, expected):
+    rows = [cell(n, 0.4, **{k: float(v) for k, v in values.items()})
+            for n, values in zip(asnn.BackendTable.TOKENS, seconds)]
+    expected = expected + expected[-1:] * (4 - len(expected))  # the last cell stands for all after it
+    plan = asnn.BackendTable(rows).plan(6, 4, 0.4, exact)
+    assert plan == dict(zip(asnn.BackendTable.TOKENS, expected))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_plan_is_never_5_percent_slower_than_linear_where_both_were_measured(exact):
+    rng, left = random.Random(1), 0
+    for _ in range(300):
+        names = ["linear", *rng.sample(asnn.BACKENDS[1:], rng.randint(0, 6))]
+        rng.shuffle(names)
+        spread = rng.choice((0.02, 0.1, 1.0))
+        cells = itertools.product(asnn.BackendTable.TOKENS, asnn.BackendTable.DENSITIES)
+        table = asnn.BackendTable([cell(n, density, **{name: n * math.exp(spread * rng.gauss(0, 1)) for name in names})
+                                   for n, density in cells])
+        for density in asnn.BackendTable.DENSITIES:
+            plan, kept = table.plan(6, 4, density, exact), set()
+            assert list(plan) == list(asnn.BackendTable.TOKENS)
+            for n, name in plan.items():
+                row = next(row for row in table.rows if row["tokens"] == n and row["density"] == density)
+                seconds = {k: v for k, v in row["seconds"].items() if not exact or k in asnn.EXACT}
+                assert seconds[name] <= 1.05 * min(seconds.values()) and seconds[name] <= 1.05 * seconds["linear"]
+                if kept and asnn.LAYOUT[name] not in kept:  # then nothing of the layouts before would have done
+                    left += 1
+                    assert min(v for k, v in seconds.items() if asnn.LAYOUT[k] in kept) > 1.05 * seconds[name]
+                kept.add(asnn.LAYOUT[name])
+            assert plan[1] == table.choose(6, 4, 1, density, exact)
+    assert left > 100
 
 
 # ---- SpikeLinear ---------------------------------------------------------------------------------
@@ -457,30 +835,55 @@ def test_auto_takes_the_measured_backend_for_each_number_of_tokens(monkeypatch):
     assert used == ["gather", "csr", "csr", "block", "block"]
     assert [module.backend_for(n) for n in (0, 1, 3, 9, 31, 33)] == ["gather"] * 2 + ["csr"] * 3 + ["block"]
     assert asnn.SpikeLinear(linear, "auto", 0.8, asnn.BackendTable(TABLE)).plan[1] == "dense"
-    assert set(asnn.SpikeLinear(nn.Linear(5, 5), "auto", 0.2, asnn.BackendTable(TABLE)).plan.values()) == {"dense"}
+    assert set(asnn.SpikeLinear(nn.Linear(5, 5), "auto", 0.2, asnn.BackendTable(TABLE)).plan.values()) == {"linear"}
+
+
+def buffers(module):
+    return {name for name, _ in module.named_buffers()}
 
 
 def test_only_weights_that_can_be_used_are_kept():
     table, linear = asnn.BackendTable(TABLE), nn.Linear(6, 4)
     exact, free = (asnn.SpikeLinear(linear, "auto", 0.2, table, exact) for exact in (True, False))
-    assert exact.packed is None and exact.rows is not None
-    assert set(free.plan.values()) == {"gather_int8", "csr"} and free.packed is not None and free.rows is not None
+    assert set(exact.plan.values()) == {"gather", "csr", "block"} and buffers(exact) == {"rows", "bias"}
+    assert set(free.plan.values()) == {"gather_int8", "csr"} and buffers(free) == {"rows", "packed", "bias"}
     only = asnn.SpikeLinear(linear, "auto", 0.2, asnn.BackendTable(TABLE[:1]), exact=False)
-    assert set(only.plan.values()) == {"gather_int8"} and only.rows is None
-    for name in asnn.EXACT:
-        module = asnn.SpikeLinear(linear, name)
-        assert set(module.state_dict()) == {"rows", "bias"} and torch.equal(module.rows, linear.weight.t())
+    assert set(only.plan.values()) == {"gather_int8"} and buffers(only) == {"packed", "bias"}
+    kept = {"rows": linear.weight.t(), "weight": linear.weight, "packed": asnn.pack_rows(linear.weight.detach().t())}
+    for name in asnn.BACKENDS:
+        module, layout = asnn.SpikeLinear(linear, name), asnn.LAYOUT[name]
+        assert set(module.state_dict()) == buffers(module) == {layout, "bias"}
+        assert torch.equal(getattr(module, layout), kept[layout]) and getattr(module, layout).is_contiguous()
+        assert all(getattr(module, other) is None for other in kept if other != layout)
+
+
+@pytest.mark.parametrize("names", [("gather", "linear"), ("linear", "csr"), ("gather_int8", "linear", "dense")])
+def test_a_plan_of_several_layouts_keeps_them_and_gives_each_product_its_own(names, monkeypatch):
+    linear, used = nn.Linear(6, 4), []
+    for name, function in asnn.PRODUCTS.items():
+        monkeypatch.setitem(asnn.PRODUCTS, name,
+                            lambda *a, name=name, function=function: used.append(name) or function(*a))
+    table = asnn.BackendTable([cell(n, 0.4, **{other: 1.0 if other == name else 2.0 for other in names})
+                               for n, name in zip(asnn.BackendTable.TOKENS, names)])
+    module = asnn.SpikeLinear(linear, "auto", 0.4, table, exact=False)
+    assert buffers(module) == {asnn.LAYOUT[name] for name in names} | {"bias"}
+    for n, name in zip(asnn.BackendTable.TOKENS, names):
+        spikes = asnn.random_spikes(n, 6, 0.4)
+        assert error(module(asnn.SpikeVector(spikes, torch.ones(n, 1))), linear(spikes)) < BOUND[name]
+    assert tuple(used) == names
 
 
 def test_int8_rows_take_a_fourth_of_the_memory():
     linear = nn.Linear(256, 768, bias=False)
     size = {name: sum(b.numel() * b.element_size() for b in asnn.SpikeLinear(linear, name).buffers())
-            for name in ("gather", "gather_int8")}
-    assert size["gather"] == 256 * 768 * 4 and size["gather_int8"] == 256 * (768 + 8)
-    assert set(asnn.SpikeLinear(linear, "gather_int8").state_dict()) == {"packed"}
+            for name in asnn.BACKENDS}
+    assert {size[name] for name in asnn.EXACT} == {256 * 768 * 4}
+    assert {size[name] for name in asnn.INT8} == {256 * (768 + 8)}
+    for name in asnn.INT8:
+        assert set(asnn.SpikeLinear(linear, name).state_dict()) == {"packed"}
 
 
-@pytest.mark.parametrize("name", ["gather", "gather_int8"])
+@pytest.mark.parametrize("name", ["linear", "gather", "gather_int8"])
 def test_a_spike_linear_is_data_without_gradient(name):
     linear, other = nn.Linear(37, 11), nn.Linear(37, 11)
     module, twin = asnn.SpikeLinear(linear, name), asnn.SpikeLinear(other, name)
@@ -495,7 +898,7 @@ def test_a_spike_linear_is_data_without_gradient(name):
     assert torch.equal(module(x), expected)  # a copy
 
 
-WRONG_BACKEND = "^backend is 'magic'; allowed: dense, gather, gather_int8, csr, coo, block, auto.$"
+WRONG_BACKEND = f"^backend is 'magic'; allowed: {', '.join(asnn.BACKENDS)}, auto.$"
 
 
 def test_wrong_options_of_a_spike_linear_are_refused():
@@ -525,7 +928,7 @@ def test_the_sparse_copy_has_the_logits_of_the_student(students, ids, name, back
 
 
 @pytest.mark.parametrize("name, backend", [("delta, counts", "gather"), ("delta", "block"), ("matrix", "auto"),
-                                           ("vector", "csr"), ("vector", "auto")])
+                                           ("delta", "linear"), ("vector", "csr"), ("vector", "auto")])
 @torch.no_grad()
 def test_decoding_token_by_token_is_the_full_pass(students, ids, name, backend, threads):
     student = students(name)
@@ -564,7 +967,7 @@ def test_a_batch_with_left_padding_is_its_sequences(students, ids, name, backend
     assert torch.equal(text[0, 5:], generate(sparse, ids[:1, 5:])[0])
 
 
-@pytest.mark.parametrize("name", ["gather", "csr", "dense"])
+@pytest.mark.parametrize("name", ["linear", "gather", "csr", "dense"])
 @torch.no_grad()
 def test_a_student_in_fp64_stays_one(students, ids, name):
     student = copy.deepcopy(students("delta")).double()
@@ -579,7 +982,7 @@ def test_the_student_is_left_as_it_was(students, ids, training):
     weights = {name: value.clone() for name, value in student.state_dict().items()}
     modules = [(name, id(m), m.training) for name, m in student.named_modules()]
     flags = {name: p.requires_grad for name, p in student.named_parameters()}
-    for backend, head in (("gather", "spikes"), ("gather_int8", "int8")):
+    for backend, head in (("linear", "dense"), ("gather", "spikes"), ("gather_int8", "int8")):
         sparse = asnn.sparsify(student, backend, head)
         sparse(ids)
         assert not any(m.training for m in sparse.modules())
@@ -629,11 +1032,11 @@ def test_the_density_of_a_site_decides_what_auto_takes_there(students):
     sparse = asnn.sparsify(students("delta"), density=density, table=table)
     chosen = {name: m.backend_for(1) for name, m in sparse.goose.blocks.named_modules()
               if isinstance(m, asnn.SpikeLinear)}
-    dense = {"0.ffn.down", "1.time_mix.value", "0.time_mix.beta", "1.time_mix.beta"}  # beta's shape was not measured
-    assert {name for name, backend in chosen.items() if backend == "dense"} == dense
-    assert {backend for name, backend in chosen.items() if name not in dense} == {"gather"}
+    expected = dict.fromkeys(chosen, "gather") | dict.fromkeys(("0.ffn.down", "1.time_mix.value"), "dense")
+    # beta's shape was not measured.
+    assert chosen == expected | dict.fromkeys(("0.time_mix.beta", "1.time_mix.beta"), "linear")
     free = asnn.sparsify(students("delta"), table=table, exact=False)
-    assert {m.backend_for(1) for m in free.modules() if isinstance(m, asnn.SpikeLinear)} == {"gather_int8", "dense"}
+    assert {m.backend_for(1) for m in free.modules() if isinstance(m, asnn.SpikeLinear)} == {"gather_int8", "linear"}
 
 
 @pytest.mark.parametrize("head", ["dense", "spikes"])
