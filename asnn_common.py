@@ -921,7 +921,7 @@ def recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor
         return recurrence_step(r, k, v, w, state)
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
     states = _VectorScan.apply(update, decay, S, chunk)
-    return (gate * states).to(k.dtype), states[:, -1]
+    return (gate * states).to(k.dtype), states[:, -1].clone()
 
 
 def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
@@ -932,7 +932,7 @@ def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
     steps = torch.arange(1, update.shape[1] + 1, device=k.device)
     powers = decay.unsqueeze(0).pow(steps.unsqueeze(1))  # (T, D)
     states = (update / (powers + 1e-8)).cumsum(1) * powers + powers * S.unsqueeze(1)
-    return (gate * states).to(k.dtype), states[:, -1]
+    return (gate * states).to(k.dtype), states[:, -1].clone()
 
 
 # The matrix state, per head: S_t = diag(w) S_{t-1} + k_t v_t^T, read out as r_t S_t [10]. With `beta` it is the delta
