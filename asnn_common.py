@@ -4550,7 +4550,9 @@ def _build_kernel(library: Path) -> None:
         build = ("import sys, torch; from torch.utils import cpp_extension; cpp_extension.load('asnn_goose', [sys.argv[1]], "
                  "extra_cflags=['-O3', '-march=native', '-fopenmp'], build_directory=sys.argv[2], is_python_module=False); "
                  "torch.ops.asnn_goose.gather_rows(torch.ones(8, 8), torch.ones(1, 8))")
-        done = subprocess.run([sys.executable, "-c", build, str(source), folder], capture_output=True, text=True, timeout=300)
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # ninja lies beside python
+        done = subprocess.run([sys.executable, "-c", build, str(source), folder], capture_output=True, text=True,
+                              timeout=300, env={**os.environ, "PATH": path})
         if done.returncode:
             raise OSError((done.stderr.strip() or f"the compiler ended with {done.returncode}").splitlines()[-1])
         os.replace(Path(folder) / "asnn_goose.so", library)
@@ -4740,7 +4742,11 @@ class SpikeLinear(nn.Module):
 
     def backend_for(self, tokens: int) -> str:
         """The backend for so many tokens at once."""
-        return self.plan[min(self.plan, key=lambda n: abs(math.log(n / max(1, tokens))))]
+        sizes = tuple(self.plan)
+        for size, larger in zip(sizes, sizes[1:]):
+            if tokens * tokens <= size * larger:  # nearer to `size` by their ratio
+                return self.plan[size]
+        return self.plan[sizes[-1]]
 
     def forward(self, x: SpikeVector) -> Tensor:
         """spikes (..., X), scale (..., 1) -> (..., out)"""

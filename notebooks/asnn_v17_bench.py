@@ -478,7 +478,7 @@ if run.main:
         asnn.write_atomically(run.folder / name, text)
         asnn.write_atomically(run.folder.parent / name, text)
     asnn.write_atomically(run.folder / "efficiency.json", json.dumps({
-        "gate": gate_sentence, "gated": gated, "densities": site_density, "operations": operations, "joules, estimated": joules, "bytes read": {name: size_read for name, (_, size_read) in forms.items()},
+        "gate": gate_sentence, "gated": gated, "context": middle, "fastest": fastest, "densities": site_density, "operations": operations, "joules, estimated": joules, "bytes read": {name: size_read for name, (_, size_read) in forms.items()},
         "gaps": gaps, "agreement": {" ".join(map(str, key)): ratio for key, ratio in agreement.items()}, "scale": {f"{name} {d} {n}": {k: v for k, v in value.items() if k != "step"} | dataclasses.asdict(timings[name, d, n]) for (name, d, n), value in scaled.items()},
         "fits": fits, "training": {"hours": hours, "price per hour, assumed": price_per_hour}, "hardware": hardware}, indent=1))
 run.finish({**origin, "version": f"v17 of {origin['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})

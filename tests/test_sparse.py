@@ -1,6 +1,7 @@
 """Sparse products: every backend against dense, the C++ kernel, the measured choice among them, the decoding copy of a
 student and its compiled step."""
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -350,9 +351,9 @@ def test_the_kernel_is_the_library_s_gather(gather_rows, threads):
     for X, out, spikes in cases():
         rows = torch.randn(X, out)
         packed = asnn.pack_rows(rows)
-        scale, offset = packed[:, out:].contiguous().view(torch.float32).double().split(1, 1)
+        scale, offset = torch.frombuffer(packed[:, out:].numpy().tobytes(), dtype=torch.float32).view(X, 2).double().t()
         for weights, unpacked, reference in ((rows, rows.double(), asnn.embedding_bag_product),
-                                             (packed, scale * packed[:, :out] + offset, asnn.embedding_bag_int8_product)):
+                                             (packed, scale[:, None] * packed[:, :out] + offset[:, None], asnn.embedding_bag_int8_product)):
             got, size = gather_rows(weights, spikes), (spikes.double().square() @ unpacked.square()).sum().sqrt()
             assert got.dtype == torch.float32
             for expected in (spikes.double() @ unpacked, reference(weights, spikes)):
@@ -521,9 +522,9 @@ def test_a_file_in_the_cache_that_is_no_library_is_told(unloaded, monkeypatch, c
 
 def other_process(cache, code, **variables):
     """What the code prints in a process of its own, where no kernel is loaded."""
-    code = "import torch, asnn_common as asnn\nfrom pathlib import Path\n" + code
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={
-        **os.environ, "ASNN_CACHE": str(cache), "PYTHONPATH": str(Path(asnn.__file__).parent), **variables})
+    done = subprocess.run([sys.executable, "-c", "import torch, asnn_common as asnn\n" + code], capture_output=True,
+                          text=True, timeout=600, env={**os.environ, "ASNN_CACHE": str(cache),
+                                                       "PYTHONPATH": str(Path(asnn.__file__).parent), **variables})
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-2000:]}"
     return done.stdout.strip()
 
@@ -548,12 +549,11 @@ def test_without_a_compiler_there_is_a_sentence_and_the_library(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing is left that a later run would load
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_half_a_library_in_the_cache_does_not_end_the_process(library, tmp_path, share):
+def test_half_a_library_in_the_cache_does_not_end_the_process(library, tmp_path):
     """The loader maps a file that is too short and would end with a bus error. Without a compiler: no second build."""
     broken = tmp_path / library.relative_to(library.parents[2])
     broken.parent.mkdir(parents=True)
-    broken.write_bytes(library.read_bytes()[:int(share * library.stat().st_size)])
+    broken.write_bytes(library.read_bytes()[:library.stat().st_size // 2])
     out = other_process(tmp_path, COMPARE, CXX=str(tmp_path / "none")).splitlines()
     assert out[-1] == "True" and (len(out) == 2 or sentence(out[0]))
 
@@ -833,7 +833,7 @@ def test_auto_takes_the_measured_backend_for_each_number_of_tokens(monkeypatch):
         spikes = asnn.random_spikes(n, 6, 0.4)
         assert error(module(asnn.SpikeVector(spikes, torch.ones(n, 1))), linear(spikes)) < 1e-5
     assert used == ["gather", "csr", "csr", "block", "block"]
-    assert [module.backend_for(n) for n in (0, 1, 3, 9, 31, 33)] == ["gather"] * 2 + ["csr"] * 3 + ["block"]
+    assert [module.backend_for(n) for n in (0, 1, 2, 3, 9, 31, 32, 33)] == ["gather"] * 3 + ["csr"] * 4 + ["block"]
     assert asnn.SpikeLinear(linear, "auto", 0.8, asnn.BackendTable(TABLE)).plan[1] == "dense"
     assert set(asnn.SpikeLinear(nn.Linear(5, 5), "auto", 0.2, asnn.BackendTable(TABLE)).plan.values()) == {"linear"}
 
@@ -1081,6 +1081,16 @@ def test_int8_rows_change_little_of_what_a_block_computes(students):
             assert module.rows is None and error(module(x), exact(x)) < 0.02
 
 
+@torch.no_grad()
+def test_int8_embeddings_are_the_embeddings_within_their_rounding(students, ids):
+    student = students("delta")
+    sparse = asnn.sparsify(student, "gather", embeddings="int8")
+    rows = student.get_input_embeddings().weight
+    assert 0 < error(sparse.get_input_embeddings()(ids), rows[ids]) < 0.01
+    assert torch.equal(sparse.lm_head.weight, rows) and generate(sparse, ids).shape == (3, 20)
+    assert torch.equal(asnn.sparsify(student, "gather").get_input_embeddings().weight, rows)
+
+
 @pytest.mark.parametrize("head, bound", [("dense", 1e-4), ("spikes", 1e-4), ("int8", 0.02)])
 @pytest.mark.parametrize("backend", ["gather", "gather_int8"])
 def test_perplexity_is_that_of_the_student(trained, tokens, backend, head, bound):
@@ -1137,9 +1147,314 @@ def test_a_saved_copy_loads_as_it_was_or_is_refused(students, ids, tmp_path):
     ({"spike_kind": "dense"}, {}, "spike_kind is dense: no matrix product of this student is fed by spikes"),
     ({}, {"backend": "magic"}, WRONG_BACKEND),
     ({}, {"head": "magic"}, "^head is 'magic'; allowed: dense, int8, spikes.$"),
+    ({}, {"embeddings": "magic"}, "^embeddings is 'magic'; allowed: dense, int8.$"),
     ({"spike_sites": asnn.SITES[:-1]}, {"head": "spikes"},
      "^head is 'spikes'; allowed: dense, int8 for a student without the site head_in.$")])
 def test_what_cannot_be_skipped_is_refused_before_anything_is_measured(monkeypatch, options, arguments, message):
     monkeypatch.setattr(asnn.BackendTable, "measure", no_measuring)
     with pytest.raises(ValueError, match=message):
         asnn.sparsify(build(**options), **arguments)
+
+
+# ---- compiled step -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decode(model, ids):
+    """Logits (B, T, V) token by token, and the last state."""
+    state, logits = None, []
+    for t in range(ids.shape[1]):
+        out = model(ids[:, t:t + 1], state=state, use_cache=True)
+        state = out.state
+        logits.append(out.logits)
+    return torch.cat(logits, 1), state
+
+
+def close_states(a, b):
+    """All that the states hold; a state's parts that are not there are None in both."""
+    if isinstance(a, tuple):
+        assert type(a) is type(b) and len(a) == len(b)
+        for x, y in zip(a, b):
+            close_states(x, y)
+    elif isinstance(a, torch.Tensor):
+        close(a, b)
+    else:
+        assert a == b
+
+
+COMPILED = [("matrix", None), ("delta", "gather"), ("delta", "gather_int8")]  # of the students only two: a graph takes 5 s
+
+
+@pytest.fixture(scope="module")
+def pair(students):
+    """pair(name, backend): (plain, compiled) of a student, or of its sparse copy; made once."""
+    made = {}
+
+    def get(name, backend):
+        if (name, backend) not in made:
+            student = students(name)
+            made[name, backend] = (
+                (student, asnn.compile_step(copy.deepcopy(student))) if backend is None else
+                tuple(asnn.sparsify(student, backend, compiled=compiled) for compiled in (False, True)))
+        return made[name, backend]
+    return get
+
+
+@pytest.fixture
+def one(gather_rows):
+    """One sequence in all tests: another number of them is another graph. Skips where there is no compiler."""
+    return torch.randint(1, V, (1, 12))
+
+
+class Steps(list):
+    """The blocks that took the compiled path. With `by`, another function runs there than the compiled one."""
+
+    def __init__(self, patch):
+        super().__init__()
+        self.patch = patch
+        self.by(asnn._compiled_layer)
+
+    def by(self, layer):
+        self.patch.setattr(asnn, "_compiled_layer", lambda: lambda block, *a: self.append(block) or layer()(block, *a))
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    return Steps(monkeypatch)
+
+
+@pytest.fixture
+def plain_steps(steps):
+    steps.by(lambda: lambda block, x, past, *_: block.layer(x, past))
+    return steps
+
+
+@pytest.fixture
+def traced(gather_rows, monkeypatch):
+    """The compiled path with its guards, traced anew and run operation by operation: a second instead of ten. Raises
+    where the tracer cannot follow; traced() is the number of graphs."""
+    torch.compiler.reset()
+    counters, compile_ = torch._dynamo.utils.counters, torch.compile
+    counters.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **options: compile_(f, **options, backend="eager", fullgraph=True))
+        layer = inspect.unwrap(asnn._compiled_layer)()
+    monkeypatch.setattr(asnn, "_compiled_layer", lambda: layer)
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def mark(student):
+    """A copy whose blocks say that they are compiled; needs no compiler."""
+    student = copy.deepcopy(student)
+    for block in student.goose.blocks:
+        block.compiled = "compiled"
+    return student
+
+
+def check_decoding(compiled, plain, ids):
+    (got, state), (expected, plain_state) = decode(compiled, ids), decode(plain, ids)
+    close(got, expected)
+    close_states(state, plain_state)
+    return got
+
+
+@pytest.mark.parametrize("name, backend", COMPILED)
+def test_a_compiled_step_decodes_as_the_plain_one(pair, one, steps, name, backend):
+    plain, compiled = pair(name, backend)
+    state = decode(plain, one)[1]
+    assert not steps and (name != "matrix" or state.layers[0].k_statistics is not None)  # a threshold with a memory too
+    check_decoding(compiled, plain, one)
+    assert steps == [*compiled.goose.blocks] * 11  # every block at every token but the first, which has no past
+
+
+@pytest.mark.parametrize("name, backend", COMPILED)
+def test_a_compiled_student_generates_what_the_plain_one_does(pair, one, steps, name, backend):
+    plain, compiled = pair(name, backend)
+    expected = generate(plain, one, max_new_tokens=12)
+    assert not steps and expected[0, 12:].unique().numel() > 3
+    assert torch.equal(generate(compiled, one, max_new_tokens=12), expected)
+    assert steps == [*compiled.goose.blocks] * 11
+
+
+@pytest.mark.parametrize("name, backend", COMPILED[:2])
+def test_a_copy_of_a_compiled_student_has_its_own_weights(pair, one, steps, name, backend):
+    plain, compiled = pair(name, backend)
+    before, copied, plain_copy = decode(compiled, one)[0], *map(copy.deepcopy, (compiled, plain))
+    for model in (copied, plain_copy):
+        with torch.no_grad():
+            down = model.goose.blocks[0].ffn.down
+            (down.weight if backend is None else down.rows).mul_(-1.5)
+    steps.clear()
+    got = check_decoding(copied, plain_copy, one)
+    assert steps == [*copied.goose.blocks] * 11 and error(got[:, 1:], before[:, 1:]) > 0.01
+    assert torch.equal(decode(compiled, one)[0], before)
+
+
+DIFFERENT = {**STUDENTS, "delta, token": {"state_kind": "delta", "encoder_kind": "integer:3"},
+             "delta, fixed": {"state_kind": "delta", "threshold": "mixed_fixed"},
+             "vector, counts": {"state_kind": "vector", "spike_kind": "integer:2"},
+             "vector, project first": {"state_kind": "vector", "output_order": "project_first"},
+             "vector, relu": {"state_kind": "vector", "activation": "relu"}}
+
+
+def test_students_that_differ_in_what_is_no_tensor_do_not_share_a_step(traced, one):
+    """All of the same shapes, one after the other, so that each could take a graph that is not its own."""
+    models = [build(**options) for options in DIFFERENT.values()]
+    models += [asnn.sparsify(models[0], backend) for backend in ("linear", "dense", "gather", "gather_int8")]
+    structures = set()
+    for plain in models:
+        compiled = asnn.compile_step(copy.deepcopy(plain))
+        check_decoding(compiled, plain, one)
+        structures.add(compiled.goose.blocks[0].compiled)
+        assert len({block.compiled for block in compiled.goose.blocks}) == 1
+    assert len(structures) == len(models) == traced()
+
+
+@pytest.mark.parametrize("name, backend", [("delta, counts", None), ("vector", "gather"), ("delta", "gather_int8")])
+def test_a_step_is_one_graph_for_all_layers_and_any_weights(students, traced, one, name, backend):
+    plain = students(name) if backend is None else asnn.sparsify(students(name), backend)
+    other = shake(copy.deepcopy(plain))
+    for model in (plain, other):
+        check_decoding(asnn.compile_step(copy.deepcopy(model)), model, one)
+    assert traced() == 1
+
+
+@pytest.mark.parametrize("name, backend", [("matrix", None), ("delta", "gather"), ("vector", "linear")])
+def test_any_number_of_sequences_is_decoded(students, traced, one, ids, name, backend):
+    plain = students(name) if backend is None else asnn.sparsify(students(name), backend)
+    compiled = asnn.compile_step(copy.deepcopy(plain))
+    for batch in (one, ids, ids[:2], ids.repeat(9, 1), one):  # 1, 3, 2 and 27: other backends for each
+        check_decoding(compiled, plain, batch)
+
+
+@pytest.mark.parametrize("name", ["delta", "vector"])
+@torch.no_grad()
+def test_a_compiled_student_in_training_mode_anneals_as_a_plain_one(students, traced, one, name):
+    plain = copy.deepcopy(students(name))
+    compiled = asnn.compile_step(copy.deepcopy(plain))
+    for training, share in ((False, 0.5), (True, 0.5), (True, 0.25), (True, 1.0), (False, 0.5)):
+        for model in (plain, compiled):
+            for module in asnn.spike_modules(model.train(training)).values():
+                module.share = share
+        check_decoding(compiled, plain, one)
+
+
+@torch.no_grad()
+def test_hooks_on_spikes_see_and_change_those_of_a_compiled_student(students, traced, one):
+    plain = asnn.sparsify(students("delta"), "gather")
+    compiled = asnn.compile_step(copy.deepcopy(plain))
+    check_decoding(compiled, plain, one)
+    structures, seen = [block.compiled for block in compiled.goose.blocks], []
+    for model in (plain, compiled):
+        spikes = {}
+        with asnn.spike_hooks(model, lambda name, value: spikes.setdefault(name, []).append(value)):
+            decode(model, one)
+        with asnn.spike_hooks(model, lambda name, value: torch.zeros_like(value), ["0.ffn_hidden"]):
+            seen.append((spikes, decode(model, one)[0]))
+    assert list(seen[0][0]) == list(seen[1][0]) and {len(values) for values in seen[1][0].values()} == {12}
+    assert all(torch.equal(torch.cat(values), torch.cat(seen[1][0][name])) for name, values in seen[0][0].items())
+    close(seen[1][1], seen[0][1])
+    assert error(seen[1][1], decode(plain, one)[0]) > 1e-3
+    assert [block.compiled for block in compiled.goose.blocks] == structures and all(structures)
+    check_decoding(compiled, plain, one)
+
+
+def test_a_compiled_student_can_be_made_sparse(students, traced, one):
+    plain = students("delta")
+    student = asnn.compile_step(copy.deepcopy(plain))
+    check_decoding(student, plain, one)
+    for backend, compiled in (("gather", False), ("gather", True), ("dense", False), ("gather_int8", True)):
+        expected = asnn.sparsify(plain, backend)
+        check_decoding(asnn.sparsify(student, backend, compiled=compiled), expected, one)
+
+
+@pytest.mark.parametrize("name, backend", [(name, backend) for name in STUDENTS for backend in (None, "gather")])
+def test_all_but_a_single_token_after_others_takes_the_plain_path(students, ids, plain_steps, name, backend):
+    plain = students(name) if backend is None else asnn.sparsify(students(name), backend)
+    compiled, mask = mark(plain), torch.ones_like(ids)
+    mask[0, :5], mask[2, :1] = 0, 0
+    with torch.no_grad():
+        past = plain(ids, use_cache=True).state
+        fresh = plain(ids[:, :1], attention_mask=mask[:, :1], use_cache=True).state  # two have seen only padding
+        for options in ({"input_ids": ids}, {"input_ids": ids[:, :1]}, {"input_ids": ids[:, :2], "state": past},
+                        {"input_ids": ids, "attention_mask": mask},
+                        {"input_ids": ids[:, :1], "attention_mask": mask[:, :1], "state": fresh}):
+            got, expected = (model(use_cache=True, **options) for model in (compiled, plain))
+            assert not plain_steps, options.keys()
+            assert torch.equal(got.logits, expected.logits)
+            close_states(got.state, expected.state)
+    for training in (False, True):  # with gradients
+        compiled.train(training)(ids[:, :1], state=past, use_cache=True)
+        assert not plain_steps
+    compiled.eval()
+    with torch.no_grad():  # and what is left
+        got, expected = (model(ids[:, :1], state=past, use_cache=True) for model in (compiled, plain))
+    assert plain_steps == [*compiled.goose.blocks]
+    assert torch.equal(got.logits, expected.logits)
+    close_states(got.state, expected.state)
+
+
+@pytest.mark.parametrize("name", ["matrix", "delta, counts"])
+def test_a_compiled_student_is_trained_as_a_plain_one(students, ids, plain_steps, name):
+    models, gradients = (copy.deepcopy(students(name)), mark(students(name))), []
+    for model in models:
+        model.train()(ids, labels=ids).loss.backward()
+        state = model(ids[:, :-1], use_cache=True).state
+        model(ids[:, -1:], state=state, use_cache=True).logits.sum().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert not plain_steps and list(gradients[0]) == list(gradients[1]) and len(gradients[0]) > 20
+    assert all(torch.equal(gradient, gradients[1][key]) for key, gradient in gradients[0].items())
+
+
+def test_a_padded_batch_is_generated_by_the_compiled_step_from_its_second_token(students, ids, plain_steps):
+    plain, mask = students("delta"), torch.ones_like(ids)
+    compiled = mark(plain)
+    ids[0, :5], mask[0, :5] = 0, 0
+    text = generate(compiled, ids, attention_mask=mask)
+    assert plain_steps == [*compiled.goose.blocks] * 7
+    assert torch.equal(text, generate(plain, ids, attention_mask=mask))
+
+
+def test_only_what_was_asked_for_is_compiled(students, gather_rows):
+    student = copy.deepcopy(students("delta"))
+
+    def compiled(model):
+        return [bool(block.compiled) for block in model.goose.blocks]
+    assert compiled(asnn.sparsify(student, "gather", compiled=True)) == [True, True]
+    assert compiled(asnn.sparsify(student, "gather")) == compiled(student) == [False, False]
+    assert asnn.compile_step(student) is student and compiled(student) == [True, True]
+    assert list(student.state_dict()) == list(students("delta").state_dict())  # and it is saved as before
+
+
+@pytest.mark.parametrize("make", [asnn.compile_step, lambda student: asnn.sparsify(student, "gather", compiled=True)])
+def test_without_a_compiler_a_student_stays_as_it_is_with_a_warning(students, ids, no_kernel, steps, make):
+    student = copy.deepcopy(students("delta"))
+    with pytest.warns(UserWarning, match="^not compiled: no$"):
+        model = make(student)
+    assert make is not asnn.compile_step or model is student
+    check_decoding(model, students("delta"), ids)
+    assert not steps and not any(block.compiled for block in model.goose.blocks)
+
+
+# ---- spikes without gradients --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("levels", [1, 2, 3, 7])
+def test_spikes_are_the_same_with_and_without_gradients(levels, binary, dtype):
+    x = (2 * torch.randn(3, 5, 16)).to(dtype).requires_grad_()
+    with torch.no_grad():
+        x[0, 0], x[0, 1, :8], x[0, 2] = 0.0, 0.5, torch.arange(-8, 8) * 0.5  # at thresholds too, where none fires
+    for theta in (torch.tensor(0.5), torch.tensor(0.0), torch.rand(3, 5, 1), torch.rand(16)):
+        theta.requires_grad_()
+        for estimator in asnn.ESTIMATORS:
+            expected = asnn.ternary_spike(x, theta, estimator, levels, binary)
+            assert expected.requires_grad
+            for without in (torch.no_grad, torch.inference_mode):
+                with without():
+                    got = asnn.ternary_spike(x, theta, estimator, levels, binary)
+                assert torch.equal(got, expected) and got.dtype == expected.dtype == dtype and not got.requires_grad
+    assert expected.max() == levels and expected.min() == (0 if binary else -levels)
+    with torch.no_grad(), pytest.raises(ValueError, match="^estimator is 'magic'"):
+        asnn.ternary_spike(x, theta, "magic", levels, binary)
