@@ -4799,6 +4799,18 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
         return quantize(nn.Sequential(plain), {nn.Linear}, dtype=torch.qint8)[0]
 
 
+class Int8Embedding(nn.Module):
+    """A quantised Embedding for indices of any shape: its kernel takes contiguous ones of one or two dimensions."""
+
+    def __init__(self, packed: nn.Module):
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(...) -> (..., D)"""
+        return self.packed(index.flatten().contiguous()).view(*index.shape, self.packed.embedding_dim)
+
+
 def int8_embedding(embedding: nn.Embedding) -> nn.Module:
     """An Embedding with rows in int8, each with a scale and an offset (`torch.ao` quantisation of weights); CPU only."""
     library = import_optional("torch.ao.quantization")
@@ -4806,8 +4818,7 @@ def int8_embedding(embedding: nn.Embedding) -> nn.Module:
         warnings.simplefilter("ignore")
         plain = nn.Embedding(*embedding.weight.shape, _weight=embedding.weight.detach().float().cpu())
         packed = library.quantize_dynamic(nn.Sequential(plain), {nn.Embedding: library.float_qparams_weight_only_qconfig})[0]
-    packed.register_forward_pre_hook(lambda _module, args: (args[0].contiguous(), *args[1:]))  # what its kernel asks for
-    return packed
+    return Int8Embedding(packed)
 
 
 @torch.no_grad()
@@ -4836,6 +4847,7 @@ def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dens
     if not encoders or student.config.spike_kind == "dense":
         raise ValueError(f"spike_sites are {student.config.spike_sites} and spike_kind is {student.config.spike_kind}: no "
                          "matrix product of this student is fed by spikes; train one with recipe v14.4-sites.")
+    reject_unknown(density or {}, spike_modules(student), "density")
     require(head != "spikes" or "head_in" in encoders, "head", head, "dense, int8 for a student without the site head_in")
     copied = copy.deepcopy(student).eval()
     copied.requires_grad_(False)
@@ -4889,6 +4901,9 @@ HARDWARE = ("cpu", "cores", "threads", "gpus")  # of `environment`: measurements
 def random_student(recipe: Recipe, vocab_size: int, density: dict[str, float], seed: int = 42) -> GooseForCausalLM:
     """A student with random weights, for measurements of speed, whose encoders fire with the given {site: density}: their
     thresholds are set on a batch of random tokens."""
+    reject_unknown(density, SITES[2:], "density")
+    for site, share in density.items():
+        require(0 <= share <= 1, f"density of {site}", share, "a share in [0, 1]")
     seed_everything(seed)
     student = GooseForCausalLM(recipe.student_config(vocab_size)).eval()
     sample = torch.randint(0, vocab_size, (2, 32))
@@ -4902,8 +4917,9 @@ def random_student(recipe: Recipe, vocab_size: int, density: dict[str, float], s
         return hook
 
     # Each encoder is set on what the ones before it pass on.
-    handles = [m.register_forward_pre_hook(fire(density[name.split(".")[1]])) for name, m in spike_modules(student).items()
-               if isinstance(m, SpikeEncoder) and m.kind != "dense" and name.split(".")[1:2] and name.split(".")[1] in density]
+    encoders = [(name.split(".")[1 if "." in name else 0], m) for name, m in spike_modules(student).items()]  # (site, module)
+    handles = [m.register_forward_pre_hook(fire(density[site])) for site, m in encoders
+               if isinstance(m, SpikeEncoder) and m.kind != "dense" and site in density]
     student(sample)
     for handle in handles:
         handle.remove()
@@ -4930,12 +4946,14 @@ def quantize_int8(model: nn.Module, embeddings: bool = False) -> nn.Module:
 
 def tensor_bytes(*objects: Any) -> int:
     """Bytes of all tensors in nested objects (modules, caches, named tuples), each storage counted once."""
-    seen: dict[int, int] = {}
+    seen: dict[int, torch.UntypedStorage] = {}  # held, because the address of a freed one is given to another
 
     def visit(item: Any) -> None:
         if isinstance(item, Tensor):
             storage = item.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
+            seen[storage.data_ptr()] = storage
+            if item.is_quantized and item.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+                visit([item.q_per_channel_scales(), item.q_per_channel_zero_points()])
         elif isinstance(item, nn.Module):
             visit(item.state_dict(keep_vars=True))
         elif isinstance(item, dict):
@@ -4947,7 +4965,7 @@ def tensor_bytes(*objects: Any) -> int:
         elif hasattr(item, "layers"):  # a cache of transformers: its layers hold keys and values
             visit([vars(layer) for layer in item.layers])
     visit(objects)
-    return sum(seen.values())
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 class Decoder:
@@ -4981,6 +4999,9 @@ class Decoder:
         """Logits (B, 1, V) of the token after the context."""
         name, cache = self.cache
         out = self.model(self.last, use_cache=True, **{name: cache})
+        if out.logits.shape[:2] != self.last.shape:  # transformers' RWKV mixes the sequences of a batch
+            raise ValueError(f"{type(self.model).__name__} returns logits {tuple(out.logits.shape)} for token ids "
+                             f"{tuple(self.last.shape)}: it does more than decode one token of each sequence.")
         if name == "past_key_values":
             out.past_key_values.crop(-1)
             self.cache = (name, out.past_key_values)
@@ -4997,9 +5018,13 @@ def peak_allocation(call: Callable[[], Any], device: torch.device | str = "cpu")
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else writes two lines at each start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
-        call()
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())] or [0])
+        kept = call()  # the profiler knows the sizes only of what it has seen: a cache that the next call replaces
+        del kept
+        with torch.profiler.record_function("asnn: measured"):
+            call()
+    events = sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    begin = next(event.start_ns() for event in events if event.name() == "asnn: measured")
+    sizes = np.cumsum([event.nbytes() for event in events if event.name() == "[memory]" and event.start_ns() >= begin] or [0])
     return int(max(0, sizes.max()))
 
 
@@ -5010,26 +5035,36 @@ class EnergyMeter:
     """
 
     def __init__(self, device: torch.device | str = "cpu", powercap: Path = Path("/sys/class/powercap")):
-        self.source, self.counters = None, []
+        self.source, self.counters, self.ranges, self.total = None, [], [], 0.0
         if torch.device(device).type == "cuda":
             with contextlib.suppress(Exception):  # no driver library, no permission, an old GPU
                 nvml = import_optional("pynvml")
                 nvml.nvmlInit()
                 handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
                 self.counters = [lambda h=h: nvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3 for h in handles]
-                self.source = f"NVML, {len(handles)} GPU"
+                self.last = [counter() for counter in self.counters]
+                self.source = f"NVML, {len(handles)} GPU" if handles else None
         else:
             files = [file for file in sorted(powercap.glob("intel-rapl:*/energy_uj")) if file.parent.name.count(":") == 1]
             with contextlib.suppress(OSError, ValueError):  # only root may read it on most systems
-                for file in files:
-                    int(file.read_text())
-                self.counters = [lambda f=f: int(f.read_text()) / 1e6 for f in files]
+                # psys is the whole platform, packages included.
+                files = [file for file in files if (file.parent / "name").read_text().strip() != "psys"]
+                self.ranges = [int((file.parent / "max_energy_range_uj").read_text()) / 1e6 for file in files]
+                counters = [lambda f=f: int(f.read_text()) / 1e6 for f in files]
+                self.last, self.counters = [counter() for counter in counters], counters
             self.source = f"RAPL, {len(files)} packages" if self.counters else None
 
     def joules(self) -> float:
-        """The counters' sum. Raises ValueError where there is none."""
+        """Counted since this meter was made. RAPL's counters start again at zero after some 260 kJ: a difference is taken
+        modulo that range. Raises ValueError where there is no counter."""
         require(self.source is not None, "energy counter", self.source, "NVML or RAPL, readable")
-        return sum(counter() for counter in self.counters)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what was asked for is to be done, or its energy is counted later
+        now = [counter() for counter in self.counters]
+        self.total += sum((new - old) % limit for new, old, limit in zip(
+            now, self.last, self.ranges or itertools.repeat(math.inf)))
+        self.last = now
+        return self.total
 
     def per_call(self, call: Callable[[], Any], seconds: float = 5.0) -> float:
         """Joules of one call over what the idle machine takes, from windows of `seconds` each."""
@@ -5053,6 +5088,8 @@ def operations(student: GooseForCausalLM, density: dict[str, float] | None = Non
     c, density, rows = student.config, density or {}, []
     matrix, delta = c.state_kind != "vector", c.state_kind == "delta"
     D, width, heads = c.d_model, c.ffn_width, c.d_model // c.head_width
+    sites = ("mix_in.k", "mix_in.v", "mix_in.r", "mix_in.g", "k", "v", "mix_out", "ffn_in", "ffn_hidden")
+    reject_unknown(density, ["head_in", *(f"{layer}.{site}" for layer in range(c.n_layer) for site in sites)], "density")
 
     def add(layer: int | None, product: str, site: str | None, macs: int, fed: bool) -> None:
         share = density.get(f"{layer}.{site}" if layer is not None else site, 1.0) if fed else 1.0
@@ -5073,8 +5110,9 @@ def operations(student: GooseForCausalLM, density: dict[str, float] | None = Non
         if matrix:
             add(layer, "r S", None, D * c.head_width, False)
         state = D * c.head_width if matrix else D
-        rows.append({"layer": layer, "product": "state", "site": "k", "MACs": 0, "density": density.get(f"{layer}.k", 1.0),
-                     "adds": round(state * density.get(f"{layer}.k", 1.0)), "skipped": 0, "state updates": state})
+        share = density.get(f"{layer}.k", 1.0) if spiking else 1.0
+        rows.append({"layer": layer, "product": "state", "site": "k", "MACs": 0, "density": share, "skipped": 0,
+                     "adds": round(state * share) if spiking else 0, "state updates": state if spiking else 2 * state})
     add(None, "head", "head_in", D * c.vocab_size, spiking and "head_in" in c.spike_sites)
     return rows
 
@@ -5189,6 +5227,8 @@ def bench(model: nn.Module | dict[str, nn.Module], tokenizer: Any = None, contex
     """
     systems = model if isinstance(model, dict) else {type(model).__name__: model}
     contexts, batches = tuple(contexts), tuple(batches)
+    require(bool(systems), "model", model, "a model or {name: model}")
+    require(prompt is None or tokenizer is not None, "prompt", prompt, "None without a tokenizer")
     for name, values in (("contexts", contexts), ("batches", batches), ("repeats", (repeats,))):
         require(values and all(isinstance(v, int) and v >= 1 for v in values), name, values, "whole numbers from 1")
     vocab = min(m.config.vocab_size for m in systems.values())
@@ -5196,6 +5236,7 @@ def bench(model: nn.Module | dict[str, nn.Module], tokenizer: Any = None, contex
     ids = torch.randint(0, vocab, (max(contexts),), generator=torch.Generator().manual_seed(0))
     if tokenizer is not None:
         words = torch.tensor(tokenizer(prompt or "The state of a recurrent network does not grow. ")["input_ids"])
+        require(int(words.max()) < vocab, "token id", int(words.max()), f"below {vocab}, the smallest vocabulary")
         ids = words.repeat(-(-len(ids) // len(words)))[:len(ids)]
     meter, rows = EnergyMeter(device), []
     weights = {name: tensor_bytes(m) for name, m in systems.items()}
@@ -5207,8 +5248,14 @@ def bench(model: nn.Module | dict[str, nn.Module], tokenizer: Any = None, contex
             m = systems[name].eval()
             ends = None if getattr(m, "_is_stateful", False) else getattr(m.config, "max_position_embeddings", None)
             # The decoded token needs a position too.
-            decoders[name, context] = (f"ends at {ends} positions" if ends is not None and context >= ends else
-                                       Decoder(m, ids[:context].repeat(batch, 1).to(device)))
+            if ends is not None and context >= ends:
+                decoders[name, context] = f"ends at {ends} positions"
+                continue
+            decoders[name, context] = decoder = Decoder(m, ids[:context].repeat(batch, 1).to(device))
+            try:
+                decoder()
+            except ValueError as problem:
+                decoders[name, context] = str(problem)
         run = {case: decoder for case, decoder in decoders.items() if not isinstance(decoder, str)}
         decode = time_interleaved(run, repeats, min_seconds=0.0, progress=f"decoding, batch {batch}" if progress else "")
         short = {case: lambda d=d, n=case[1]: d.prefill(ids[:n].repeat(batch, 1).to(device)) for case, d in run.items()

@@ -162,6 +162,7 @@ systems = {"GPT-2, eager": AutoModelForCausalLM.from_config(gpt, attn_implementa
 systems["GPT-2 of this size"] = AutoModelForCausalLM.from_config(GPT2Config(**{**gpt.to_diff_dict(), "n_layer": layers}), attn_implementation="sdpa")
 systems["RWKV of transformers"] = AutoModelForCausalLM.from_config(RwkvConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=vocabulary, intermediate_size=4 * width, context_length=positions, bos_token_id=0, eos_token_id=0))
 systems |= {"student, dense": large, "dense twin": asnn.random_student(spiking.replace(spike_kind="dense"), vocabulary, {}, seed), "student, gather": asnn.sparsify(large, "gather")}
+large_density = asnn.spike_density(large, torch.randint(0, vocabulary, (2, 32)))
 print(asnn.load_kernel() or "the C++ kernel is built")
 
 # %% [markdown]
@@ -170,7 +171,7 @@ print(asnn.load_kernel() or "the C++ kernel is built")
 # %%
 if device.type == "cpu":
     systems |= {"GPT-2, int8": asnn.quantize_int8(systems["GPT-2, SDPA"]), "student, dense int8": asnn.quantize_int8(large),
-                "student, auto": asnn.sparsify(large, "auto", density={f"{i}.{site}": share for i in range(layers) for site, share in site_density.items()}),
+                "student, auto": asnn.sparsify(large, "auto", density=large_density),
                 "student, gather_int8": asnn.sparsify(large, "gather_int8", head="int8", embeddings="int8")}
     if compiled:
         systems |= {f"{name}, compiled": asnn.compile_step(copy.deepcopy(systems[name])) for name in ("student, dense", "student, dense int8", "student, gather", "student, gather_int8")}
@@ -269,7 +270,6 @@ print(f"peak memory of this process, all systems at once: {asnn.peak_memory_gb()
 # What one token costs the student, by product: multiply-accumulates of the dense form, and what is left of them where spikes feed a product. The sum of the dense form is compared with torch's FlopCounterMode.
 
 # %%
-large_density = asnn.spike_density(large, torch.randint(0, vocabulary, (2, 32)))
 operations = asnn.operations(large, large_density)
 summed = {}
 for row in operations:
@@ -319,14 +319,13 @@ def dense_rows(model):
     return [{"product": product, "MACs": macs, "adds": 0, "skipped": 0, "state updates": 0} for product, macs in (("layers", found.get_total_flops() // 2 - head), ("head", head))]
 
 
-dense_operations = [row | {"MACs": row["MACs"], "adds": 0, "skipped": 0} for row in operations]
-fed_density = {f"{i}.{site}": share for i in range(layers) for site, share in site_density.items()}
-sparse_form = asnn.sparsify(large, "gather", density=fed_density)
+dense_operations = asnn.operations(systems["dense twin"])
+sparse_form = asnn.sparsify(large, "gather", density=large_density)
 forms = {"GPT-2, eager": (dense_rows(systems["GPT-2, eager"]), bytes_read(systems["GPT-2, eager"])), "student, dense": (dense_operations, bytes_read(large)),
          "student, gather": (operations, bytes_read(sparse_form))}
 if device.type == "cpu":
     forms |= {"GPT-2, int8": (forms["GPT-2, eager"][0], bytes_read(systems["GPT-2, int8"])),
-              "student, gather_int8": (operations, bytes_read(asnn.sparsify(large, "gather_int8", head="int8", density=fed_density)))}
+              "student, gather_int8": (operations, bytes_read(asnn.sparsify(large, "gather_int8", head="int8", density=large_density)))}
 joules = {name: asnn.energy_estimate(rows, size_read) for name, (rows, size_read) in forms.items()}
 counted_joules = {row["system"]: row["joules per token"] for row in first.rows if "decode" in row}
 show_table([{"system": name, **{f"{column}, uJ (estimated)": f"{1e6 * value:,.1f}" for column, value in columns.items()}, "weights read, MB": f"{forms[name][1] / 1e6:,.1f}",
@@ -397,7 +396,7 @@ sizes = [(64, 1), (64, 2), (128, 1), (128, 2)] if tiny else [(256, 2), (512, 4),
 scaled = {}
 for d, n in tqdm(sizes, desc="sizes"):
     model = asnn.random_student(asnn.get_recipe("v14.4-sites").replace(n_layer=n, d_model=d), vocabulary, site_density, seed)
-    form = asnn.sparsify(model, "gather_int8" if device.type == "cpu" else "gather", head="int8" if device.type == "cpu" else "dense", density={f"{i}.{s}": v for i in range(n) for s, v in site_density.items()}).to(device)
+    form = asnn.sparsify(model, "gather_int8" if device.type == "cpu" else "gather", head="int8" if device.type == "cpu" else "dense", density=asnn.spike_density(model, torch.randint(0, vocabulary, (2, 32)))).to(device)
     for name, candidate in (("dense", model.to(device)), ("sparse", form)):
         scaled[name, d, n] = {"parameters": asnn.count_parameters(model), "bytes": bytes_read(candidate), "memory": asnn.tensor_bytes(candidate), "step": asnn.Decoder(candidate, torch.randint(0, vocabulary, (1, 16), device=device))}
 timings = asnn.time_interleaved({key: value["step"] for key, value in scaled.items()}, repeats, min_seconds=0.0)

@@ -24,11 +24,6 @@ FED = {"mix_in": {"W_k", "W_v", "W_r", "W_g", "W_b"}, "mix_out": {"W_o"}, "ffn_i
        "head_in": {"head"}}
 
 
-def suspected(reason):
-    """What looks like a bug of section 10: goes when that is mended."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(autouse=True)
 def no_kernel(monkeypatch):
     """Building it takes longer than this file."""
@@ -96,7 +91,7 @@ def by_product(rows, layer=0):
                                      {"state_kind": "matrix", "threshold": "mixed_fixed"}])
 @pytest.mark.parametrize("asked", [{"mix_in": 0.3, "mix_out": 0.2, "ffn_in": 0.5, "ffn_hidden": 0.1}, {"ffn_in": 0.2},
                                    {"mix_in": 0.9, "mix_out": 0.7, "ffn_in": 0.05, "ffn_hidden": 0.8},
-                                   pytest.param({"head_in": 0.2}, marks=suspected("the site head_in is left out")),
+                                   {"head_in": 0.2},
                                    {"mix_out": 0.0, "ffn_in": 1.0}])
 def test_a_random_student_fires_as_often_as_asked_for(options, asked):
     student = asnn.random_student(recipe(**options), 300, asked, seed=3)
@@ -125,7 +120,6 @@ def test_a_random_student_depends_on_its_seed_alone():
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
 
 
-@suspected("a share of a site that no encoder has is dropped")
 @pytest.mark.parametrize("asked", [{"mix_inn": 0.3}, {"0.mix_in.k": 0.3}, {"k": 0.3}, {"mix_in": 1.3}])
 def test_a_density_that_no_encoder_takes_is_refused(asked):
     with pytest.raises(ValueError, match=next(iter(asked))):
@@ -207,9 +201,9 @@ def test_an_int8_model_takes_a_fourth_of_the_bytes_of_its_linears(name):
     lambda: torch.randint(20, (4, 6))[:, ::2], lambda: torch.arange(20)[None].expand(3, 20),
     lambda: torch.tensor([[7]]), lambda: torch.randint(20, (2, 3), dtype=torch.int32),
     lambda: torch.zeros(0, dtype=torch.long),
-    pytest.param(lambda: torch.tensor(3), marks=suspected("the kernel takes one or two dimensions")),
-    pytest.param(lambda: torch.randint(20, (2, 3, 4)), marks=suspected("the kernel takes one or two dimensions")),
-    pytest.param(lambda: torch.randint(20, (3, 4, 2)).transpose(0, 2), marks=suspected("one or two dimensions"))])
+    lambda: torch.tensor(3),
+    lambda: torch.randint(20, (2, 3, 4)),
+    lambda: torch.randint(20, (3, 4, 2)).transpose(0, 2)])
 @torch.no_grad()
 def test_int8_rows_of_an_embedding_are_its_rows_within_their_rounding(make):
     """Rows of very different size and offset: each is half a step of its own range off at most."""
@@ -262,12 +256,9 @@ def test_tied_weights_are_counted_once():
         assert asnn.tensor_bytes(model, model.get_input_embeddings()) == asnn.tensor_bytes(model)
 
 
-FREED = suspected("what was unpacked to be counted is freed, and its address used again")
-
-
 @pytest.mark.parametrize("make, low, high", [
-    pytest.param(lambda: asnn.int8_linear(nn.Linear(64, 40)), 64 * 40 + 160, 16, marks=FREED),
-    pytest.param(lambda: asnn.int8_embedding(nn.Embedding(50, 64)), 50 * 64, 50 * 8, marks=FREED),
+    (lambda: asnn.int8_linear(nn.Linear(64, 40)), 64 * 40 + 160, 16),
+    (lambda: asnn.int8_embedding(nn.Embedding(50, 64)), 50 * 64, 50 * 8),
     (lambda: asnn.SpikeLinear(nn.Linear(64, 40), "gather_int8"), 64 * (40 + 8) + 160, 0)])
 def test_packed_weights_count_their_packed_bytes(make, low, high):
     modules = [make() for _ in range(6)]
@@ -349,7 +340,6 @@ def test_the_rwkv_of_transformers_decodes_at_any_context(ids):
     assert name == "state" and asnn.tensor_bytes(decoder.cache[1]) == size == 5 * D * 2 * 4
 
 
-@suspected("a step of batch B makes B tokens of each sequence")
 def test_a_batch_that_the_rwkv_of_transformers_mixes_up_is_not_timed(ids):
     """Its token shift adds (B, D) to (B, 1, D): B tokens for each sequence, B times the work that was asked for."""
     try:
@@ -396,7 +386,6 @@ def test_the_peak_of_an_allocation_is_known(call, expected):
         assert asnn.peak_allocation(call) == expected
 
 
-@suspected("the profiler knows no sizes of what was there before")
 def test_memory_that_a_call_gives_back_is_not_counted_as_its_own():
     held = [torch.ones(1000)]
 
@@ -406,7 +395,6 @@ def test_memory_that_a_call_gives_back_is_not_counted_as_its_own():
     assert asnn.peak_allocation(call) == 0
 
 
-@suspected("the profiler knows no sizes of what was there before")
 def test_a_cache_that_is_copied_layer_by_layer_is_not_counted_twice():
     """GPT-2's keys and values are written anew with each token, and those of the layer before given back."""
     decoder = asnn.Decoder(gpt2(n_positions=600, n_layer=4), torch.randint(1, V, (1, 500)))
@@ -465,7 +453,6 @@ def test_the_packages_of_a_cpu_are_counted_once_each(machine):
     assert meter.joules() - before == pytest.approx(100.0)
 
 
-@suspected("psys counts the packages too")
 def test_a_counter_of_the_whole_platform_is_not_added_to_its_packages(machine):
     made = machine(zones={"intel-rapl:0": ("package-0", 1.0), "intel-rapl:1": ("psys", 1.5)})
     meter = asnn.EnergyMeter("cpu", made.folder)
@@ -474,7 +461,6 @@ def test_a_counter_of_the_whole_platform_is_not_added_to_its_packages(machine):
     assert meter.source == "RAPL, 1 packages" and meter.joules() - before == pytest.approx(70.0)
 
 
-@suspected("counters wrap around at max_energy_range_uj")
 def test_a_counter_may_begin_again(machine):
     made = machine(limit=110 * 10**6)  # between 63.75 and 165 J of the first package
     meter = asnn.EnergyMeter("cpu", made.folder)
@@ -545,8 +531,8 @@ def test_joules_of_gpus_are_those_of_nvml(monkeypatch):
 
 @pytest.mark.parametrize("library", [
     None, nvml([5.0], nvmlInit=refuse_nvml), nvml([5.0], nvmlDeviceGetCount=refuse_nvml),
-    pytest.param(nvml([5.0], nvmlDeviceGetTotalEnergyConsumption=refuse_nvml), marks=suspected("not read before use")),
-    pytest.param(nvml([]), marks=suspected("no GPU is a source"))])
+    nvml([5.0], nvmlDeviceGetTotalEnergyConsumption=refuse_nvml),
+    nvml([])])
 def test_a_gpu_without_a_counter_has_no_source(monkeypatch, library):
     """None: not installed. GPUs before Volta, such as Kaggle's P100, have NVML and no counter of energy."""
     monkeypatch.setitem(sys.modules, "pynvml", library)
@@ -625,7 +611,6 @@ def test_a_measured_density_splits_the_macs_into_adds_and_skips(ids, kind):
     assert asnn.operations(asnn.sparsify(student, "gather"), density) == rows
 
 
-@suspected("a density under a name that no row has is dropped: all of it then counts as firing")
 @pytest.mark.parametrize("density", [{"mix_in": 0.3}, {"0.mix_in": 0.3}, {"0.mix_in.k": 0.3, "2.ffn_in": 0.5}])
 def test_a_density_of_no_product_is_refused(density):
     with pytest.raises(ValueError, match=list(density)[-1]):
@@ -654,7 +639,6 @@ def test_a_dense_twin_adds_and_skips_nothing(kind):
     assert [row["MACs"] for row in rows] == [row["MACs"] for row in asnn.operations(goose(state_kind=kind))]
 
 
-@suspected("counted as additions")
 def test_what_a_dense_twin_writes_to_its_state_is_no_addition():
     """Its keys are no spikes: k v^T takes a multiplication for each entry, whatever a student's keys do."""
     rows = asnn.operations(goose(spike_kind="dense"), {"0.k": 0.5, "1.k": 0.5})
@@ -912,7 +896,6 @@ def test_a_bench_has_a_row_for_each_system_and_case(quick, systems):
     assert len(table.markdown().splitlines()) == 2 + 24
 
 
-@suspected("it is timed with so many times the work")
 def test_a_system_that_mixes_up_a_batch_has_a_row_that_says_so(quick):
     rows = quick({"RWKV": rwkv(), "GPT-2": gpt2()}, batches=(1, 2)).rows
     assert ["decode" in row for row in rows] == [True, True, False, True]
