@@ -404,13 +404,13 @@ timings = asnn.time_interleaved({key: value["step"] for key, value in scaled.ite
 
 def fit_latency(name, target):
     """Seconds = a * layers + b * bytes, by least squares on relative errors; (a, b, estimate, half of its 95 % interval) for a target (layers, bytes)."""
-    from scipy import stats
+    from scipy import optimize, stats
     keys = [key for key in scaled if key[0] == name]
     seconds = np.array([timings[key].median for key in keys])
     X = np.array([[key[2], scaled[key]["bytes"]] for key in keys]) / seconds[:, None]
     scale = X.max(0)
     inverse = np.linalg.inv((X / scale).T @ (X / scale))
-    coefficients = inverse @ (X / scale).T @ np.ones(len(keys))
+    coefficients = optimize.nnls(X / scale, np.ones(len(keys)))[0]  # neither a layer nor a byte takes less than no time
     residual = np.ones(len(keys)) - X / scale @ coefficients
     variance = residual @ residual / (len(keys) - 2)
     x = np.array(target) / scale
