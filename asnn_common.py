@@ -1695,6 +1695,17 @@ def linear_cka(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
         return (x.t() @ y).square().sum() / ((x.t() @ x).norm() * (y.t() @ y).norm()).clamp_min(1e-20)
 
 
+def token_variance(x: Tensor) -> Tensor:
+    """(B, T, D) -> (D,) variance of each channel over the tokens, of all processes' batches together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x.var((0, 1))
+    rows = x.flatten(0, 1).double()
+    sums = torch.cat((rows.sum(0), rows.square().sum(0), rows.new_tensor([len(rows)])))
+    torch.distributed.all_reduce(sums)
+    (total, squares), n = sums[:-1].view(2, -1), sums[-1]
+    return ((squares - total.square() / n) / (n - 1)).to(x.dtype)
+
+
 def span_ends(n_student: int, n_teacher: int) -> tuple[int, ...]:
     """The last teacher layer, from 0, of the span that each student layer stands for: (1, 3, 5) for 3 and 6,
     (2, 4, 7, 9, 11) for 5 and 12. Raises ValueError for a student deeper than the teacher."""
@@ -1875,7 +1886,7 @@ class Distiller(nn.Module):
             goal = captured[end][1].float().to(rest.device)  # (B, T, D)
             added, _ = block(start)
             error = (added.float() - goal)[:, 1:].square().mean((0, 1))  # (D,)
-            losses.append((error / (goal - start)[:, 1:].var((0, 1)).clamp_min(1e-6)).mean() / len(blocks))
+            losses.append((error / token_variance((goal - start)[:, 1:]).clamp_min(1e-6)).mean() / len(blocks))
             start = goal
         return sum(losses)
 
@@ -2020,10 +2031,24 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def several_processes() -> Any:
+    """accelerate's PartialState where a launcher has started more than one process, else None."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    return import_optional("accelerate").PartialState(cpu=select_device()[0].type == "cpu")
+
+
 def wait_for_everyone() -> None:
     """Returns when all processes of the run have come here; at once where there is only one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import_optional("accelerate").PartialState(cpu=select_device()[0].type == "cpu").wait_for_everyone()
+    state = several_processes()
+    if state:
+        state.wait_for_everyone()
+
+
+def main_process_first() -> contextlib.AbstractContextManager:
+    """The main process runs the block before the others, which find in the cache what it has written."""
+    state = several_processes()
+    return state.main_process_first() if state else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -2793,8 +2818,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             bar.update(1)
             if evaluate_now and (step % config.eval_every == 0 or step == config.steps
                                  or step in getattr(objective, "boundaries", ())):
-                measured = [evaluate_now() if main else {}]
-                if world > 1:
+                measured = [evaluate_now()]
+                if world > 1:  # the same to the last bit
                     accelerate.utils.broadcast_object_list(measured)
                 objective.train()
                 row = {"step": step, **{f"val_{k}": v for k, v in measured[0].items()}}
@@ -2864,8 +2889,10 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     Each token but the very first of the split is predicted once, from the tokens before it in its window; the last
     window may be shorter. NLL is summed in fp64 from fp32 log-probabilities. `precision`, `fp32`, `fp16` or `bf16`,
     is what the matrix products run in. `windows` takes only the first so many; `size` is `Corpus.size(split)`.
+    Several processes share the batches out and all get the sums of all, those of one process to the bit; each must call.
     """
     tqdm = import_optional("tqdm").tqdm
+    state = several_processes()
     training, device = model.training, next(model.parameters()).device
     starts = list(range(0, len(tokens) - 1, seq_len))[:windows]
     require(bool(starts), "tokens to evaluate", len(tokens), "at least 2")
@@ -2873,10 +2900,12 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     full = [s for s in starts if s + seq_len < len(tokens)]
     groups = [full[i:i + batch_size] for i in range(0, len(full), batch_size)] + [[s] for s in starts[len(full):]]
     head = model.get_output_embeddings()
-    sums, counts = [], []
+    shares: list[list[tuple[list[float], int]]] = [[]]  # of each process, of each batch: sums of its windows, their tokens
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     require(precision in dtypes, "precision", precision, ", ".join(dtypes))
-    for group in tqdm(groups, desc=description, unit="batch", mininterval=1.0, disable=description is None):
+    rank, world = (state.process_index, state.num_processes) if state else (0, 1)
+    for group in tqdm(groups[rank::world], desc=description, unit="batch", mininterval=1.0,
+                      disable=description is None or rank > 0):
         rows = torch.from_numpy(np.stack([tokens[s:s + seq_len + 1].astype(np.int64) for s in group])).to(device)
         with torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "fp32"):
             hidden = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
@@ -2884,10 +2913,13 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
                 nll = chunked_nll(hidden, head.weight, rows[:, 1:])  # (B, T)
             else:  # a head in int8 or fed by spikes has no weight to share out
                 nll = torch.stack([F.cross_entropy(head(h).float(), y, reduction="none") for h, y in zip(hidden, rows[:, 1:])])
-        sums += nll.double().sum(1).tolist()
-        counts += [nll.shape[1]] * nll.shape[0]
+        shares[0].append((nll.double().sum(1).tolist(), nll.shape[1]))
     model.train(training)
-    window, count = np.array(sums), np.array(counts)
+    if state:
+        shares = import_optional("accelerate").utils.gather_object(shares)
+    parts = [shares[i % world][i // world] for i in range(len(groups))]
+    window = np.array([x for sums, _ in parts for x in sums])
+    count = np.array([T for sums, T in parts for _ in sums])
     total, scored = float(window.sum()), int(count.sum())
     mean = total / scored
     # Windows are the sampling unit: tokens inside one are not independent.
@@ -3126,7 +3158,8 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
     Returns the teacher and what is known of its training.
     """
     transformers = import_optional("transformers")
-    tokenizer = train_tokenizer(corpus, profile.vocab_size)
+    with main_process_first():
+        tokenizer = train_tokenizer(corpus, profile.vocab_size)
     shape = {"vocab_size": len(tokenizer), "n_positions": seq_len, "n_embd": profile.teacher_width,
              "n_layer": profile.teacher_layers, "n_head": profile.teacher_heads}
     # A teacher that sees every window about once has nothing to gain from dropout.
@@ -3142,7 +3175,8 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
     folder = cache_folder() / "teachers" / key
     name = f"gpt2-{profile.teacher_layers}x{profile.teacher_width}-{corpus.name}-{key[:6]}"
     if not folder.is_dir():
-        tokens = tokenize_corpus(corpus, tokenizer)
+        with main_process_first():
+            tokens = tokenize_corpus(corpus, tokenizer)
         require_windows(corpus, tokens, seq_len)
         seed_everything(seed)
         model = transformers.GPT2LMHeadModel(config)
@@ -3206,16 +3240,21 @@ def load_task(recipe: Recipe, profile: Profile) -> Task:
     ValueError for folders that cannot be written to and a corpus shorter than a window, before anything is trained."""
     require_writable(cache_folder(), "the cache folder (ASNN_CACHE)")
     require_writable(outputs_folder(), "the outputs folder (ASNN_OUTPUTS)")
-    corpus = load_corpus(profile.corpus, profile.corpus_chars)
+    with main_process_first():
+        corpus = load_corpus(profile.corpus, profile.corpus_chars)
     training: dict[str, Any] = {}
     if recipe.teacher == "untrained-goose":
-        teacher = untrained_goose_teacher(recipe, train_tokenizer(corpus, profile.vocab_size))
+        with main_process_first():
+            tokenizer = train_tokenizer(corpus, profile.vocab_size)
+        teacher = untrained_goose_teacher(recipe, tokenizer)
     elif profile.teacher == "train":
         teacher, training = train_teacher(profile, corpus, recipe.seq_len, recipe.seed)
     else:
         teacher = load_teacher(profile.teacher)
     recipe, notes = match_teacher(recipe, teacher)
-    sizes, tokens = {split: corpus.size(split) for split in SPLITS}, tokenize_corpus(corpus, teacher.tokenizer)
+    sizes = {split: corpus.size(split) for split in SPLITS}
+    with main_process_first():
+        tokens = tokenize_corpus(corpus, teacher.tokenizer)
     require_windows(corpus, tokens, recipe.seq_len)
     return Task(recipe, notes, corpus, sizes, tokens, teacher, training)
 
@@ -5018,12 +5057,11 @@ class Run:
     def open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None = None) -> Run:
         """Raises ValueError for a name with characters outside letters, digits, '.', '_' and '-'. Of several processes
         the first opens the folder and tells the others."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        state = several_processes()
+        if not state:
             return cls._open(version, name, config, outputs)
-        accelerate = import_optional("accelerate")
-        state = accelerate.PartialState(cpu=select_device()[0].type == "cpu")
         told = [cls._open(version, name, config, outputs) if state.is_main_process else None]
-        accelerate.utils.broadcast_object_list(told)
+        import_optional("accelerate").utils.broadcast_object_list(told)
         return cls(told[0].folder, told[0].note)
 
     @classmethod
