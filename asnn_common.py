@@ -2687,6 +2687,9 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                                          cpu=device.type == "cpu")
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
+    spread = accelerator.distributed_type.value  # sharded weights would be saved and evaluated in parts
+    require(spread not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"), "accelerate's distributed_type", spread,
+            "NO, MULTI_CPU, MULTI_GPU (accelerate launch --multi_gpu), in which every process holds all weights")
     seed_everything(config.seed)
     objective.train()
     groups = parameter_groups(objective, config.weight_decay, config.lr, config.matrix_lr)

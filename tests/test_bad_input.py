@@ -273,6 +273,14 @@ def test_a_damaged_student_is_refused(refused, finished, damage, name, sentence)
 # ---- weights and checkpoints
 
 
+def test_sharded_weights_are_refused_before_anything_is_saved(refused, tmp_path, distillation, monkeypatch):
+    import accelerate
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
+    refused(lambda: asnn.fit(*distillation(), folder=tmp_path / "run"), ValueError,
+            r"accelerate's distributed_type is 'FSDP'; allowed: NO, MULTI_CPU, MULTI_GPU .*\.")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("whose, sentence", [
     ("student", r"the model to train has 1 values in student\.goose\.\S+ that are NaN or infinite; allowed: finite weights\."),
     ("teacher", r"the teacher has 1 values in transformer\.\S+ that are NaN or infinite; allowed: finite weights\.")])

@@ -1,5 +1,6 @@
 """Training: every recipe, exact resume, interruptions, several processes, evaluation, building students."""
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -308,6 +309,22 @@ def test_several_processes_give_the_loss_curve_of_one_and_one_of_them_writes(tmp
 
 
 # ---- ends of a run
+
+
+@pytest.mark.parametrize("share, step", [(0.94, 8), (0.951, 3)])
+def test_a_run_ends_at_95_percent_of_its_hours(distillation, monkeypatch, share, step):
+    """A minute, on a clock that moves by a microsecond at each look and by almost all of the minute in the third step."""
+    objective, sampler, settings = distillation(distill_steps=8)
+    looks, jump, plain = itertools.count(), [0.0], objective.forward
+
+    def forward(input_ids, labels, step=0, want_ce=True):
+        jump[0] = 60 * share if step >= 2 else 0.0
+        return plain(input_ids, labels, step, want_ce)
+
+    objective.forward = forward
+    monkeypatch.setattr(asnn.time, "perf_counter", lambda: 1e-6 * next(looks) + jump[0])
+    result = asnn.fit(objective, sampler, dataclasses.replace(settings, max_hours=1 / 60))
+    assert (result.step, result.finished) == (step, step == 8)
 
 
 def test_the_time_budget_stops_saves_and_is_resumed(distillation, tmp_path):
