@@ -2315,8 +2315,11 @@ def require_finite(model: nn.Module, what: str) -> None:
 
 
 def refuse_missing(info: dict[str, Any], what: str) -> None:
-    """Raises ValueError when from_pretrained, by its loading info, made up weights that the file did not have."""
+    """Raises ValueError when from_pretrained, by its loading info, made up weights that the file lacks or has in another
+    shape."""
     missing = sorted(info["missing_keys"])
+    for name, *shapes in sorted(info["mismatched_keys"]):
+        require(False, f"{what}: shape of {name}", tuple(shapes[0]), f"{tuple(shapes[1])}, that of its config.json")
     if missing:
         raise ValueError(f"{what} has no weights for {missing[0]} and {len(missing) - 1} more that its config.json asks "
                          "for; allowed: a file of the same configuration.")
@@ -2366,15 +2369,18 @@ def load_teacher(spec: str) -> Teacher:
 
         source = find_attached(is_model) or spec
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
-                                                                        output_loading_info=True)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # refused below, by name
         for module in model.modules():
             if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
                 module.act = nn.GELU(approximate="tanh")  # the same function in one kernel instead of eight
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:
         if Path(source).is_dir():
-            raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}") from error
+            other = re.match(r"Unrecognized configuration class .*?(\w+)Config'", str(error))
+            require(other is None, f"teacher folder {source}", other and other[1], "a causal language model, as GPT-2 or Llama are")
+            raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}; it needs config.json, "
+                             "whole weights and a tokenizer.") from error
         raise HubUnavailable(f"teacher {spec!r}", _first_line(error)[:120]) from error
     name = Path(spec).name if Path(spec).is_dir() else spec
     refuse_missing(info, f"teacher {name}")
@@ -2720,12 +2726,13 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             known = {name: getattr(value, "shape", None) for name, value in saved["objective"].items()}
             saved["identity"].items()
         except Exception as error:  # the reader raises half a dozen unrelated types for a damaged file
-            raise ValueError(f"checkpoint {path} cannot be read ({_first_line(error)}); delete it to start anew, or choose "
-                             "another run name.") from error
+            raise ValueError(f"checkpoint {path} is damaged or no checkpoint of a run ({type(error).__name__}); delete it to "
+                             "start anew, or choose another run name.") from error
         shapes = {name: getattr(value, "shape", None) for name, value in objective.state_dict().items()}
         for name in sorted(shapes.keys() | known.keys()):
-            require(known.get(name, "absent") == shapes.get(name, "absent"), f"{path}: shape of {name}", *(
-                str(tuple(x) if isinstance(x, torch.Size) else x) for x in (known.get(name, "absent"), shapes.get(name, "absent"))))
+            old, new = (tuple(x[name] or ()) if name in x else None for x in (known, shapes))
+            require(old == new, f"{path}: shape of {name}", old, f"{new}, that of this run; choose another run name or the "
+                                                                  "same settings")
         for name, value in identity.items():
             if saved["identity"].get(name) != value:
                 raise ValueError(f"{path} was made with {name} {saved['identity'].get(name)!r} and this run has "
@@ -5174,9 +5181,11 @@ def load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, Profile, dict[str,
     freeze = lambda x: tuple(map(freeze, x)) if isinstance(x, list) else x  # noqa: E731  JSON has no tuples
     recipe, profile = ({k: freeze(v) for k, v in settings[part].items()} for part in ("recipe", "profile"))
     try:
-        student, info = GooseForCausalLM.from_pretrained(folder / "student", output_loading_info=True)
+        student, info = GooseForCausalLM.from_pretrained(folder / "student", output_loading_info=True,
+                                                         ignore_mismatched_sizes=True)  # refused below, by name
     except Exception as error:  # the library raises a dozen unrelated types for a damaged folder
-        raise ValueError(f"student {folder / 'student'} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"student {folder / 'student'} cannot be loaded: {_first_line(error)}; it needs config.json and "
+                         "whole weights.") from error
     refuse_missing(info, f"student {folder / 'student'}")
     require_finite(student, f"student {folder / 'student'}")
     return student.eval(), Recipe(**recipe), Profile(**profile), json.loads((folder / "metrics.json").read_text())

@@ -43,7 +43,8 @@ def refused(record_property):
     (lambda: asnn.get_recipe("v99"), r"recipe is 'v99'; allowed: v4, v6, .*v14\.4-t4\."),
     (lambda: asnn.get_recipe("v14.4", learning_rate=1e-3), r"Recipe has no field learning_rate; it has: .*\blr\b.*\."),
     (lambda: asnn.PROFILES["cpu"].replace(layers=3), r"Profile has no field layers; it has: .*teacher_layers.*\."),
-    (lambda: asnn.FitConfig.from_recipe(asnn.RECIPES["v14.4"], epochs=3), r"FitConfig has no field epochs; it has: .*steps.*\."),
+    (lambda: asnn.FitConfig.from_recipe(asnn.RECIPES["v14.4"], epochs=3),
+     r"FitConfig has no field epochs; it has: .*steps.*\."),
     (lambda: asnn.GooseConfig(layers=3), r"GooseConfig has no field layers; it has: .*n_layer.*\."),
     (lambda: asnn.load_corpus("wikitext"), r"corpus is 'wikitext'; allowed: pydocs, wikitext-2, wikitext-103, ref, or a "
                                            r"folder that exists\."),
@@ -57,14 +58,17 @@ def test_an_unknown_name_is_refused_with_those_that_exist(refused, call, sentenc
 ZERO = {"Recipe": {"matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
                    "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps", "seed",
                    "warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"},
-        "FitConfig": {"matrix_lr", "weight_decay", "min_delta", "align_steps", "seed", "nonfinite_limit", "beta2", "warmup_ratio"},
+        "FitConfig": {"matrix_lr", "weight_decay", "min_delta", "align_steps", "seed", "nonfinite_limit", "beta2",
+                      "warmup_ratio"},
         "Profile": set(), "GooseConfig": set()}
 SHARES = {"warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"}
 MAKE = {"Recipe": lambda **values: asnn.get_recipe("v14.3", **values),
         "FitConfig": lambda **values: asnn.FitConfig(**{"steps": 9, "batch_size": 1, "lr": 0.1, "seq_len": 8, **values}),
         "Profile": lambda **values: asnn.PROFILES["tiny"].replace(**values), "GooseConfig": asnn.GooseConfig}
-KINDS = {name: {item.name: item.type for item in dataclasses.fields(getattr(asnn, name))} for name in ZERO if name != "GooseConfig"}
-KINDS["GooseConfig"] = {k: v for k, v in asnn.GooseConfig.__init__.__annotations__.items() if not k.endswith("_token_id")}
+KINDS = {name: {item.name: item.type for item in dataclasses.fields(getattr(asnn, name))}
+         for name in ("Recipe", "FitConfig", "Profile")}
+KINDS["GooseConfig"] = {name: kind for name, kind in asnn.GooseConfig.__init__.__annotations__.items()
+                        if not name.endswith("_token_id")}
 NUMBERS = [(owner, name, *kind.partition(" | ")[::2]) for owner, kinds in KINDS.items() for name, kind in kinds.items()
            if kind.partition(" | ")[0] in ("int", "float")]
 FLAGS = [(owner, name) for owner, kinds in KINDS.items() for name, kind in kinds.items() if kind == "bool"]
@@ -72,8 +76,8 @@ FLAGS = [(owner, name) for owner, kinds in KINDS.items() for name, kind in kinds
 
 def test_the_fields_of_numbers_are_found():
     """Against a change of the annotations that would leave the tests below without cases."""
-    assert {("Recipe", "lr", "float", ""), ("Profile", "final_windows", "int", "None"), ("FitConfig", "max_hours", "float", "None"),
-            ("GooseConfig", "alpha_init", "float", "")} <= set(NUMBERS)
+    assert {("Recipe", "lr", "float", ""), ("Profile", "final_windows", "int", "None"),
+            ("FitConfig", "max_hours", "float", "None"), ("GooseConfig", "alpha_init", "float", "")} <= set(NUMBERS)
     assert len(NUMBERS) > 70 and ("Recipe", "gradient_reversal") in FLAGS and ("GooseConfig", "use_cache") in FLAGS
     for owner, names in ZERO.items():
         assert names <= {name for o, name, *_ in NUMBERS if o == owner}
@@ -85,7 +89,8 @@ def test_negative_zero_nan_and_string_numbers_are_refused(owner, name, kind, opt
            *([] if optional else [None]), *([1.5] if name in SHARES else []), *([0] if name not in ZERO[owner] else [])]
     label = name if owner == "GooseConfig" else f"{owner}.{name}"
     for value in bad:
-        with pytest.raises(ValueError, match=rf"^{re.escape(label)} is {re.escape(repr(value))}; allowed: a [a-z 0-9\[\],]+\.?"):
+        sentence = rf"^{re.escape(label)} is {re.escape(repr(value))}; allowed: a [a-z 0-9\[\],]+\.?"
+        with pytest.raises(ValueError, match=sentence):
             MAKE[owner](**{name: value})
     if name in ZERO[owner]:
         assert getattr(MAKE[owner](**{name: 0}), name) == 0
@@ -108,11 +113,12 @@ def test_a_flag_is_true_or_false(owner, name):
     (lambda: MAKE["FitConfig"](beta2=1.0), r"FitConfig\.beta2 is 1\.0; allowed: a number in \[0, 1\)\."),
     (lambda: MAKE["FitConfig"](align_steps=9), r"FitConfig\.align_steps is 9; allowed: less than steps = 9\."),
     (lambda: MAKE["FitConfig"](precision="fp8"), r"FitConfig\.precision is 'fp8'; allowed: auto, fp32, fp16, bf16\."),
-    (lambda: MAKE["Profile"](teacher_heads=3), r"Profile\.teacher_heads is 3; allowed: a divisor of teacher_width = 64\."),
+    (lambda: MAKE["Profile"](teacher_heads=3), r"Profile\.teacher_heads is 3; allowed: a divisor of .* = 64\."),
     (lambda: MAKE["GooseConfig"](d_model=True), r"d_model is True; allowed: a whole number from 1\."),
-    (lambda: MAKE["Recipe"](layer_map="0:2"), r"Recipe\.layer_map is '0:2'; allowed: pairs of a student layer and a teacher layer\."),
-    (lambda: MAKE["Recipe"](layer_map=[1, 2]), r"Recipe\.layer_map is \[1, 2\]; allowed: pairs of a student layer .*\."),
-    (lambda: MAKE["Recipe"](transfer_layers="123"), r"Recipe\.transfer_layers is '123'; allowed: None or a list of .*\.")])
+    (lambda: MAKE["Recipe"](layer_map="0:2"), r"Recipe\.layer_map is '0:2'; allowed: pairs of a student layer and a "
+                                              r"teacher layer\."),
+    (lambda: MAKE["Recipe"](layer_map=[1, 2]), r"Recipe\.layer_map is \[1, 2\]; allowed: pairs of .*\."),
+    (lambda: MAKE["Recipe"](transfer_layers="123"), r"Recipe\.transfer_layers is '123'; allowed: None or a list .*\.")])
 def test_a_wrong_setting_is_refused_by_name(refused, call, sentence):
     refused(call, ValueError, sentence)
 
@@ -167,7 +173,8 @@ def test_a_teacher_of_another_vocabulary_than_its_tokenizer_is_refused(refused, 
     config = transformers.GPT2Config(vocab_size=rows, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     folder = save(teacher, tmp_path / "other", transformers.GPT2LMHeadModel(config))
     refused(lambda: asnn.load_teacher(str(folder)), ValueError,
-            rf"teacher other: tokens of its tokenizer is 300; allowed: about as many as the {sentence} rows of its embedding\.")
+            rf"teacher other: tokens of its tokenizer is 300; allowed: about as many as the {sentence} rows of its "
+            r"embedding\.")
 
 
 @pytest.mark.parametrize("rows", [300, 320])
@@ -204,8 +211,7 @@ def t5():
     (bert, r"teacher model is 'BertLMHeadModel'; allowed: a causal language model, in which no token sees a later one\."),
     (bert_body, r"teacher model has no weights for cls\.predictions\.\S+ and \d more that its config\.json asks for; allowed: a "
                 r"file of the same configuration\."),
-    (t5, r"teacher folder \S+ cannot be loaded: Unrecognized configuration class .*T5Config.* for this kind of AutoModel: "
-         r"AutoModelForCausalLM\.")])
+    (t5, r"teacher folder \S+/model is 'T5'; allowed: a causal language model, as GPT-2 or Llama are\.")])
 def test_a_teacher_that_is_no_causal_language_model_is_refused(refused, tmp_path, teacher, make, sentence):
     torch.manual_seed(0)
     folder = save(teacher, tmp_path / "model", make())
@@ -236,10 +242,11 @@ def spoil(path):
     safetensors.torch.save_file(weights, path, {"format": "pt"})
 
 
-DAMAGE = [(truncate, "model.safetensors", r"cannot be loaded: Error while deserializing header: .*"),
-          (deepen, "config.json", r"has no weights for \S+ and \d+ more that its config\.json asks for; allowed: a file of the "
-                                  r"same configuration\."),
-          (widen, "config.json", r"cannot be loaded: .+"),
+DAMAGE = [(truncate, "model.safetensors", r"cannot be loaded: Error while deserializing header: .*; it needs config\.json.* "
+                                          r"whole weights.*\."),
+          (deepen, "config.json", r"has no weights for \S+ and \d+ more that its config\.json asks for; allowed: a file of "
+                                  r"the same configuration\."),
+          (widen, "config.json", r"?: shape of \S+ is \(.+\); allowed: \(.+\), that of its config\.json\."),
           (spoil, "model.safetensors", r"has 2 values in \S+ that are NaN or infinite; allowed: finite weights\.")]
 
 
@@ -248,7 +255,7 @@ def test_a_damaged_teacher_is_refused(refused, tmp_path, teacher, damage, name, 
     folder = save(teacher, tmp_path / "model")
     asnn.load_teacher(str(folder))
     damage(folder / name)
-    refused(lambda: asnn.load_teacher(str(folder)), ValueError, rf"teacher (folder )?\S*model {sentence}")
+    refused(lambda: asnn.load_teacher(str(folder)), ValueError, rf"teacher (folder )?\S*model {sentence}".replace(" ?", ""))
 
 
 @pytest.fixture
@@ -267,7 +274,7 @@ def finished(tmp_path, distillation, teacher, profile):
 def test_a_damaged_student_is_refused(refused, finished, damage, name, sentence):
     asnn.load_run(finished)
     damage(finished / "student" / name)
-    refused(lambda: asnn.load_run(finished), ValueError, rf"student \S+/student {sentence}")
+    refused(lambda: asnn.load_run(finished), ValueError, rf"student \S+/student {sentence}".replace(" ?", ""))
 
 
 # ---- weights and checkpoints
@@ -320,14 +327,16 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_and_left_alone(refused, tmp
     damage(tmp_path / "checkpoint.pt")
     before = (tmp_path / "checkpoint.pt").read_bytes()
     refused(lambda: asnn.fit(*distillation(distill_steps=4), folder=tmp_path), ValueError,
-            rf"checkpoint {tmp_path}/checkpoint\.pt cannot be read \(.+\); delete it to start anew, or choose another run name\.")
+            rf"checkpoint {tmp_path}/checkpoint\.pt is damaged or no checkpoint of a run \(\w+\); delete it to start anew, or choose "
+            r"another run name\.")
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("other, sentence", [
-    ({"n_layer": 1, "layer_map": ((0, 0),)}, r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.1\.\S+ is '\(\d+.*\)'; allowed: absent\."),
+    ({"n_layer": 1, "layer_map": ((0, 0),)}, r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.1\.\S+ is \(\d+.*\); allowed: None, that of this run; choose .*\."),
     ({"d_model": 64, "embeddings_from_teacher": False},
-     r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.0\.\S+ is '\(.*32.*\)'; allowed: \(.*64.*\)\."),
+     r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.0\.\S+ is \(.*32.*\); allowed: \(.*64.*\), that of this run; choose another run "
+     r"name or the same settings\."),
     ({"lr": 0.5}, r"\S+/checkpoint\.pt was made with lr 0\.002 and this run has 0\.5; choose another run name or the same settings\.")])
 def test_a_checkpoint_of_another_configuration_is_refused_and_left_alone(refused, tmp_path, distillation, other, sentence):
     objective, sampler, settings = distillation(distill_steps=4)
