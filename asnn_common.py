@@ -133,8 +133,8 @@ def check_numbers(values: dict[str, Any], kinds: dict[str, str], owner: str = ""
             continue
         known = isinstance(value, {"int": int, "float": (int, float), "bool": bool}[kind])
         if kind != "bool":
-            known = known and not isinstance(value, bool) and (value >= 0 if name in zero or name in shares else value > 0)
-            known = known and (value <= 1 if name in shares else value < math.inf)
+            known = known and not isinstance(value, bool) and (value <= 1 if name in shares else value < math.inf)
+            known = known and (value >= 0 if name in zero or name in shares else value > 0)
         allowed = "True or False" if kind == "bool" else "a number in [0, 1]" if name in shares else (
             f"a whole number from {0 if name in zero else 1}" if kind == "int" else
             f"a number {'from' if name in zero else 'above'} 0")
@@ -210,7 +210,8 @@ class GooseConfig(PreTrainedConfig):
                  bos_token_id: int | None = None, eos_token_id: int | None = None, pad_token_id: int | None = None,
                  **kwargs):
         values = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
-        check_numbers(values, {k: v for k, v in type(self).__init__.__annotations__.items() if not k.endswith("_token_id")})
+        kinds = GooseConfig.__init__.__annotations__
+        check_numbers(values, {k: v for k, v in kinds.items() if not k.endswith("_token_id")})
         for name, allowed in STUDENT_CHOICES.items():
             require(values[name] in allowed, name, values[name], ", ".join(allowed))
         values["spike_sites"] = list(check_sites(spike_sites))
@@ -347,9 +348,9 @@ class Recipe:
                                                       (pairs.items() if isinstance(pairs, dict) else pairs)))
             except (TypeError, ValueError):
                 require(False, "Recipe.layer_map", pairs, "pairs of a student layer and a teacher layer")
-        for name, allowed in (("spike_sites", "the names of sites"), ("transfer_layers", "the numbers of teacher layers")):
+        for name, what in (("spike_sites", "the names of sites"), ("transfer_layers", "the numbers of teacher layers")):
             value = overrides.get(name)
-            require(value is None or isinstance(value, (tuple, list)), f"Recipe.{name}", value, f"None or a list of {allowed}")
+            require(value is None or isinstance(value, (tuple, list)), f"Recipe.{name}", value, f"None or a list of {what}")
             if value is not None:
                 overrides[name] = tuple(value)
         return dataclasses.replace(self, **overrides)
@@ -2378,7 +2379,8 @@ def load_teacher(spec: str) -> Teacher:
     except Exception as error:
         if Path(source).is_dir():
             other = re.match(r"Unrecognized configuration class .*?(\w+)Config'", str(error))
-            require(other is None, f"teacher folder {source}", other and other[1], "a causal language model, as GPT-2 or Llama are")
+            require(other is None, f"teacher folder {source}", other and other[1],
+                    "a causal language model, as GPT-2 or Llama are")
             raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}; it needs config.json, "
                              "whole weights and a tokenizer.") from error
         raise HubUnavailable(f"teacher {spec!r}", _first_line(error)[:120]) from error
@@ -2726,8 +2728,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             known = {name: getattr(value, "shape", None) for name, value in saved["objective"].items()}
             saved["identity"].items()
         except Exception as error:  # the reader raises half a dozen unrelated types for a damaged file
-            raise ValueError(f"checkpoint {path} is damaged or no checkpoint of a run ({type(error).__name__}); delete it to "
-                             "start anew, or choose another run name.") from error
+            raise ValueError(f"checkpoint {path} is damaged or no checkpoint of a run ({type(error).__name__}); delete it "
+                             "to start anew, or choose another run name.") from error
         shapes = {name: getattr(value, "shape", None) for name, value in objective.state_dict().items()}
         for name in sorted(shapes.keys() | known.keys()):
             old, new = (tuple(x[name] or ()) if name in x else None for x in (known, shapes))
@@ -2920,7 +2922,7 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     full = [s for s in starts if s + seq_len < len(tokens)]
     groups = [full[i:i + batch_size] for i in range(0, len(full), batch_size)] + [[s] for s in starts[len(full):]]
     head = model.get_output_embeddings()
-    shares: list[list[tuple[list[float], int]]] = [[]]  # of each process, of each batch: sums of its windows, their tokens
+    shares: list[list[tuple[list[float], int]]] = [[]]  # by process and batch: sums of its windows, tokens of each
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     require(precision in dtypes, "precision", precision, ", ".join(dtypes))
     rank, world = (state.process_index, state.num_processes) if state else (0, 1)
@@ -3256,8 +3258,8 @@ class Task:
 
 
 def load_task(recipe: Recipe, profile: Profile) -> Task:
-    """Corpus, teacher and tokens of a recipe in a profile; raises what load_corpus, load_teacher and match_teacher do, and
-    ValueError for folders that cannot be written to and a corpus shorter than a window, before anything is trained."""
+    """Corpus, teacher and tokens of a recipe in a profile; raises what load_corpus, load_teacher and match_teacher do,
+    and ValueError for folders that cannot be written to and a corpus shorter than a window, before training."""
     require_writable(cache_folder(), "the cache folder (ASNN_CACHE)")
     require_writable(outputs_folder(), "the outputs folder (ASNN_OUTPUTS)")
     with main_process_first():
@@ -5107,7 +5109,8 @@ class Run:
                                          and (p / "config.json").is_file() and (p / "config.json").read_text() == text)
                 for path in sorted(attached.rglob("checkpoint.pt")) if attached else ():  # also of runs inside this one
                     with open(path, "rb") as source:
-                        write_atomically(folder / path.relative_to(attached), lambda file: shutil.copyfileobj(source, file))
+                        write_atomically(folder / path.relative_to(attached),
+                                         lambda file: shutil.copyfileobj(source, file))
                 # The settings come last: they make the folder one that a later call resumes.
                 write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
                 write_atomically(folder / "config.json", text)

@@ -55,9 +55,9 @@ def test_an_unknown_name_is_refused_with_those_that_exist(refused, call, sentenc
 
 # ---- numbers
 
-ZERO = {"Recipe": {"matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
-                   "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps", "seed",
-                   "warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"},
+ZERO = {"Recipe": {"matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty",
+                   "weight_decay", "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start",
+                   "anneal_steps", "seed", "warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"},
         "FitConfig": {"matrix_lr", "weight_decay", "min_delta", "align_steps", "seed", "nonfinite_limit", "beta2",
                       "warmup_ratio"},
         "Profile": set(), "GooseConfig": set()}
@@ -142,7 +142,8 @@ def test_an_empty_corpus_file_is_refused(refused, tmp_path):
     for name in asnn.SPLITS:
         (tmp_path / f"{name}.txt").write_text("" if name == "validation" else "Text.\n")
     refused(lambda: asnn.load_corpus(str(tmp_path)), ValueError,
-            rf"corpus folder {tmp_path} has no text in validation\.txt; it needs train\.txt, validation\.txt and test\.txt\.")
+            rf"corpus folder {tmp_path} has no text in validation\.txt; it needs train\.txt, validation\.txt and "
+            r"test\.txt\.")
 
 
 @pytest.mark.parametrize("split", asnn.SPLITS)
@@ -209,8 +210,8 @@ def t5():
 
 @pytest.mark.parametrize("make, sentence", [
     (bert, r"teacher model is 'BertLMHeadModel'; allowed: a causal language model, in which no token sees a later one\."),
-    (bert_body, r"teacher model has no weights for cls\.predictions\.\S+ and \d more that its config\.json asks for; allowed: a "
-                r"file of the same configuration\."),
+    (bert_body, r"teacher model has no weights for cls\.predictions\.\S+ and \d more that its config\.json asks for; "
+                r"allowed: a file of the same configuration\."),
     (t5, r"teacher folder \S+/model is 'T5'; allowed: a causal language model, as GPT-2 or Llama are\.")])
 def test_a_teacher_that_is_no_causal_language_model_is_refused(refused, tmp_path, teacher, make, sentence):
     torch.manual_seed(0)
@@ -242,10 +243,10 @@ def spoil(path):
     safetensors.torch.save_file(weights, path, {"format": "pt"})
 
 
-DAMAGE = [(truncate, "model.safetensors", r"cannot be loaded: Error while deserializing header: .*; it needs config\.json.* "
-                                          r"whole weights.*\."),
-          (deepen, "config.json", r"has no weights for \S+ and \d+ more that its config\.json asks for; allowed: a file of "
-                                  r"the same configuration\."),
+DAMAGE = [(truncate, "model.safetensors", r"cannot be loaded: Error while deserializing header: .*; it needs "
+                                          r"config\.json.* whole weights.*\."),
+          (deepen, "config.json", r"has no weights for \S+ and \d+ more that its config\.json asks for; allowed: a file "
+                                  r"of the same configuration\."),
           (widen, "config.json", r"?: shape of \S+ is \(.+\); allowed: \(.+\), that of its config\.json\."),
           (spoil, "model.safetensors", r"has 2 values in \S+ that are NaN or infinite; allowed: finite weights\.")]
 
@@ -255,7 +256,8 @@ def test_a_damaged_teacher_is_refused(refused, tmp_path, teacher, damage, name, 
     folder = save(teacher, tmp_path / "model")
     asnn.load_teacher(str(folder))
     damage(folder / name)
-    refused(lambda: asnn.load_teacher(str(folder)), ValueError, rf"teacher (folder )?\S*model {sentence}".replace(" ?", ""))
+    refused(lambda: asnn.load_teacher(str(folder)), ValueError,
+            rf"teacher (folder )?\S*model {sentence}".replace(" ?", ""))
 
 
 @pytest.fixture
@@ -289,9 +291,11 @@ def test_sharded_weights_are_refused_before_anything_is_saved(refused, tmp_path,
 
 
 @pytest.mark.parametrize("whose, sentence", [
-    ("student", r"the model to train has 1 values in student\.goose\.\S+ that are NaN or infinite; allowed: finite weights\."),
+    ("student", r"the model to train has 1 values in student\.goose\.\S+ that are NaN or infinite; allowed: finite "
+                r"weights\."),
     ("teacher", r"the teacher has 1 values in transformer\.\S+ that are NaN or infinite; allowed: finite weights\.")])
-def test_weights_that_are_nan_are_refused_before_the_first_step(refused, tmp_path, distillation, monkeypatch, whose, sentence):
+def test_weights_that_are_nan_are_refused_before_the_first_step(
+        refused, tmp_path, distillation, monkeypatch, whose, sentence):
     objective, sampler, settings = distillation()
     model = asnn.copy.deepcopy(getattr(objective, whose))
     next(p for p in model.parameters() if p.dim() == 1).data[0] = math.nan
@@ -318,27 +322,32 @@ def test_a_training_that_turns_nan_ends_by_name_and_keeps_its_checkpoint(refused
     assert all(torch.isfinite(p).all() for p in saved["objective"].values() if isinstance(p, torch.Tensor))
 
 
-@pytest.mark.parametrize("damage", [truncate, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"<html>no</html>"),
-                                    lambda path: torch.save({"step": 3}, path), lambda path: torch.save([1], path)],
-                         ids=["truncated", "empty", "a web page", "of something else", "a list"])
+@pytest.mark.parametrize("damage", [
+    truncate, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"<html>no</html>"),
+    lambda path: torch.save({"step": 3}, path), lambda path: torch.save([1], path)],
+    ids=["truncated", "empty", "a web page", "of something else", "a list"])
 def test_a_checkpoint_that_cannot_be_read_is_refused_and_left_alone(refused, tmp_path, distillation, damage):
     objective, sampler, settings = distillation(distill_steps=4)
     asnn.fit(objective, sampler, settings, folder=tmp_path, max_steps=1)
     damage(tmp_path / "checkpoint.pt")
     before = (tmp_path / "checkpoint.pt").read_bytes()
     refused(lambda: asnn.fit(*distillation(distill_steps=4), folder=tmp_path), ValueError,
-            rf"checkpoint {tmp_path}/checkpoint\.pt is damaged or no checkpoint of a run \(\w+\); delete it to start anew, or choose "
-            r"another run name\.")
+            rf"checkpoint {tmp_path}/checkpoint\.pt is damaged or no checkpoint of a run \(\w+\); delete it to start anew, "
+            r"or choose another run name\.")
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("other, sentence", [
-    ({"n_layer": 1, "layer_map": ((0, 0),)}, r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.1\.\S+ is \(\d+.*\); allowed: None, that of this run; choose .*\."),
+    ({"n_layer": 1, "layer_map": ((0, 0),)},
+     r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.1\.\S+ is \(\d+.*\); allowed: None, that of this "
+     r"run; choose .*\."),
     ({"d_model": 64, "embeddings_from_teacher": False},
-     r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.0\.\S+ is \(.*32.*\); allowed: \(.*64.*\), that of this run; choose another run "
-     r"name or the same settings\."),
-    ({"lr": 0.5}, r"\S+/checkpoint\.pt was made with lr 0\.002 and this run has 0\.5; choose another run name or the same settings\.")])
-def test_a_checkpoint_of_another_configuration_is_refused_and_left_alone(refused, tmp_path, distillation, other, sentence):
+     r"\S+/checkpoint\.pt: shape of student\.goose\.blocks\.0\.\S+ is \(.*32.*\); allowed: \(.*64.*\), that of this "
+     r"run; choose another run name or the same settings\."),
+    ({"lr": 0.5}, r"\S+/checkpoint\.pt was made with lr 0\.002 and this run has 0\.5; choose another run name or the "
+                  r"same settings\.")], ids=["layers", "width", "lr"])
+def test_a_checkpoint_of_another_configuration_is_refused_and_left_alone(
+        refused, tmp_path, distillation, other, sentence):
     objective, sampler, settings = distillation(distill_steps=4)
     asnn.fit(objective, sampler, settings, folder=tmp_path, max_steps=1)
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -348,8 +357,8 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_left_alone(refused
 
 # ---- disks
 
-FULL = r"\S+/{} cannot be written \(No space left on device\); what was there before is kept\. Free some space or choose another folder, " \
-       r"then run again"
+FULL = (r"\S+/{} cannot be written \(No space left on device\); what was there before is kept\. Free some space or "
+        r"choose another folder, then run again")
 
 
 @pytest.fixture
@@ -380,7 +389,8 @@ def listing(folder):
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(refused, tmp_path, small_disk, content):
     asnn.write_atomically(tmp_path / "result.bin", "old")
     small_disk(300)
-    refused(lambda: asnn.write_atomically(tmp_path / "result.bin", content), OSError, r"\[Errno 28\] " + FULL.format(r"result\.bin"))
+    refused(lambda: asnn.write_atomically(tmp_path / "result.bin", content), OSError,
+            r"\[Errno 28\] " + FULL.format(r"result\.bin"))
     assert listing(tmp_path) == {"result.bin": b"old"}
 
 
@@ -487,15 +497,16 @@ time.sleep(600)
 
 def test_two_runs_in_one_folder_are_refused_until_the_first_has_died(refused, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], env=environment, stdout=subprocess.PIPE,
+                             text=True)
     try:
         assert first.stdout.readline() == "new run night\n"
         before = listing(tmp_path)
         refused(lambda: asnn.Run.open("v14.4", "night", {"lr": 1}, tmp_path), RuntimeError,
-                rf"run folder {tmp_path}/v14\.4/night is in use by another process; wait until that has ended, or choose another "
-                r"run name\.")
+                rf"run folder {tmp_path}/v14\.4/night is in use by another process; wait until that has ended, or "
+                r"choose another run name\.")
         assert listing(tmp_path) == before
-        assert asnn.Run.open("v14.4", "night", {"lr": 2}, tmp_path).folder.name == "night-2"  # other settings, other folder
+        assert asnn.Run.open("v14.4", "night", {"lr": 2}, tmp_path).folder.name == "night-2"  # of other settings
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -507,7 +518,8 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_has_died(refused, tm
     assert not (tmp_path / "v14.4" / ".night.lock").exists()
 
 
-METRICS = {"version": "v14.4", "corpus": {"name": "small", "hash": "0123456789"}, "gap": {"test": {"value": 2.0, "standard_error": 0.1}},
-           "teacher": {"name": "t", "test": {"ppl": 1.0}}, "training": {"step": 1, "tokens_per_second": 1.0},
-           "student": {"test": {"ppl": 2.0, "bits_per_byte": None, "windows": 1}, "parameters": 1, "density": {"0.k": 0.4}},
-           "environment": {"gpus": [], "cpu": "A CPU", "threads": 1}}
+METRICS = {"version": "v14.4", "corpus": {"name": "small", "hash": "0123456789"},
+           "gap": {"test": {"value": 2.0, "standard_error": 0.1}}, "teacher": {"name": "t", "test": {"ppl": 1.0}},
+           "training": {"step": 1, "tokens_per_second": 1.0},
+           "student": {"test": {"ppl": 2.0, "bits_per_byte": None, "windows": 1}, "parameters": 1,
+                       "density": {"0.k": 0.4}}, "environment": {"gpus": [], "cpu": "A CPU", "threads": 1}}

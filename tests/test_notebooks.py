@@ -165,8 +165,9 @@ def test_two_processes_run_the_notebook_into_one_folder_and_one_of_them_writes(t
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "watch"),
             "WATCHED": os.pathsep.join((str(working / "outputs"), str(tmp_path / "cache")))}
     # --multi_gpu also where there is no GPU: without it accelerate starts a single process.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, NOTEBOOK.with_suffix(".py").name]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port,
+               NOTEBOOK.with_suffix(".py").name]
     done = subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("new run tiny-seed42") == 2

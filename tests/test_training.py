@@ -294,8 +294,8 @@ def test_several_processes_give_the_loss_curve_of_one_and_one_of_them_writes(tmp
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # --multi_gpu also where there is no GPU: without it accelerate starts a single process.
-    ended = in_a_process(["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", count, "--num_machines", 1,
-                          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, script,
+    ended = in_a_process(["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", count,
+                          "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, script,
                           tmp_path / "all"])
     assert ended.returncode == 0, ended.stderr[-3000:]
     several = [json.loads((tmp_path / f"all.{rank}.json").read_text()) for rank in range(count)]
