@@ -51,6 +51,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import importlib
@@ -97,6 +98,7 @@ GRANULARITIES = ("scalar", "channel")
 STATES = ("vector", "matrix", "delta")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 SITES = ("k", "v", "mix_in", "mix_out", "ffn_in", "ffn_hidden", "head_in")
 
 
@@ -112,6 +114,33 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> No
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{owner} has no field {', '.join(unknown)}; it has: {', '.join(sorted(known))}.")
+
+
+def check_numbers(values: dict[str, Any], kinds: dict[str, str], owner: str = "", zero: Iterable[str] = (),
+                  shares: Iterable[str] = ()) -> None:
+    """Refuses numbers that are not what their annotation says, by default above 0: a field that is added is checked too.
+
+    Args:
+        kinds: {field: annotation}; of those, "int", "float" and "bool", with or without " | None", are looked at.
+        owner: the class, for the sentence.
+        zero: fields that may be 0.
+        shares: fields in [0, 1].
+    Raises:
+        ValueError: a value is of another type (True is no number), NaN, infinite or too small.
+    """
+    for name, annotation in kinds.items():
+        kind, _, optional = annotation.partition(" | ")
+        value, label = values[name], f"{owner}.{name}" if owner else name
+        if kind not in ("int", "float", "bool") or optional == "None" and value is None:
+            continue
+        known = isinstance(value, {"int": int, "float": (int, float), "bool": bool}[kind])
+        if kind != "bool":
+            known = known and not isinstance(value, bool) and (value <= 1 if name in shares else value < math.inf)
+            known = known and (value >= 0 if name in zero or name in shares else value > 0)
+        allowed = "True or False" if kind == "bool" else "a number in [0, 1]" if name in shares else (
+            f"a whole number from {0 if name in zero else 1}" if kind == "int" else
+            f"a number {'from' if name in zero else 'above'} 0")
+        require(known, label, value, allowed + (" or None" if optional else ""))
 
 
 def _first_line(error: BaseException) -> str:
@@ -183,15 +212,13 @@ class GooseConfig(PreTrainedConfig):
                  bos_token_id: int | None = None, eos_token_id: int | None = None, pad_token_id: int | None = None,
                  **kwargs):
         values = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
-        for name in ("vocab_size", "d_model", "n_layer", "n_positions"):
-            require(isinstance(values[name], int) and values[name] >= 1, name, values[name], "a whole number from 1")
-        require(ffn_width is None or ffn_width >= 1, "ffn_width", ffn_width, "None (4 * d_model) or a number from 1")
+        kinds = GooseConfig.__init__.__annotations__
+        check_numbers(values, {k: v for k, v in kinds.items() if not k.endswith("_token_id")})
         for name, allowed in STUDENT_CHOICES.items():
             require(values[name] in allowed, name, values[name], ", ".join(allowed))
         values["spike_sites"] = list(check_sites(spike_sites))
         if state_kind != "vector":
-            require(isinstance(head_width, int) and head_width >= 1 and d_model % head_width == 0, "head_width",
-                    head_width, f"a divisor of d_model = {d_model}")
+            require(d_model % head_width == 0, "head_width", head_width, f"a divisor of d_model = {d_model}")
             require(recurrence != "cumsum", "recurrence", recurrence, f"chunked, reference for state_kind {state_kind}")
             require(output_order == "gate_first", "output_order", output_order, f"gate_first for {state_kind}")
         require("mix_out" not in spike_sites or output_order == "gate_first", "output_order", output_order,
@@ -199,8 +226,6 @@ class GooseConfig(PreTrainedConfig):
         spike_levels(spike_kind)
         require(encoder_kind != "binary" and spike_levels(encoder_kind) > 0, "encoder_kind", encoder_kind,
                 "ternary, integer:k with k from 1 to 127")
-        for name in ("alpha_init", "amplitude_init"):
-            require(values[name] > 0, name, values[name], "a number above 0")
         # What the library itself writes into config.json passes; a misspelt field of ours does not.
         library = {*dir(PreTrainedConfig), *PreTrainedConfig().to_dict(), "auto_map", "torch_dtype",
                    "attn_implementation", "experts_implementation"}
@@ -301,23 +326,10 @@ class Recipe:
                               *STUDENT_CHOICES.items()):
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
         spike_levels(self.spike_kind)
-        for name in ("d_model", "n_layer", "distill_steps", "batch_size", "grad_accum", "seq_len", "eval_every"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, f"Recipe.{name}", value, "a whole number from 1")
-        above, share = (lambda x: 0 < x < math.inf, "a number above 0"), (lambda x: 0 <= x <= 1, "a number in [0, 1]")
-        least = lambda x: 0 <= x < math.inf, "a number from 0"  # noqa: E731
-        for (test, allowed), names in (
-                (above, ("lr", "clip", "tau", "tau_min", "tau_max", "alpha_init", "amplitude_init", "patience",
-                         "output_scale")),
-                (share, ("warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2")),
-                (least, ("kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
-                         "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps",
-                         "matrix_lr"))):
-            for name in names:
-                value = getattr(self, name)
-                if name == "matrix_lr" and value is None:
-                    continue
-                require(isinstance(value, (int, float)) and test(value), f"Recipe.{name}", value, allowed)
+        check_numbers(vars(self), {item.name: item.type for item in dataclasses.fields(self)}, "Recipe", (
+            "matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
+            "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps", "seed"),
+            ("warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"))
         require(self.beta2 < 1, "Recipe.beta2", self.beta2, "a number in [0, 1)")
         check_sites(self.spike_sites, "Recipe.spike_sites")
         require(self.align_steps < self.distill_steps, "Recipe.align_steps", self.align_steps,
@@ -333,11 +345,16 @@ class Recipe:
         reject_unknown(overrides, (item.name for item in dataclasses.fields(self)), "Recipe")
         if "layer_map" in overrides:
             pairs = overrides["layer_map"]
-            overrides["layer_map"] = tuple(sorted((int(s), int(t)) for s, t in
-                                                  (pairs.items() if isinstance(pairs, dict) else pairs)))
-        for name in ("spike_sites", "transfer_layers"):
-            if overrides.get(name) is not None:
-                overrides[name] = tuple(overrides[name])
+            try:
+                overrides["layer_map"] = tuple(sorted((int(s), int(t)) for s, t in
+                                                      (pairs.items() if isinstance(pairs, dict) else pairs)))
+            except (TypeError, ValueError):
+                require(False, "Recipe.layer_map", pairs, "pairs of a student layer and a teacher layer")
+        for name, what in (("spike_sites", "the names of sites"), ("transfer_layers", "the numbers of teacher layers")):
+            value = overrides.get(name)
+            require(value is None or isinstance(value, (tuple, list)), f"Recipe.{name}", value, f"None or a list of {what}")
+            if value is not None:
+                overrides[name] = tuple(value)
         return dataclasses.replace(self, **overrides)
 
     def stages(self) -> list[tuple[str, int, int]]:
@@ -466,6 +483,11 @@ class Profile:
     eval_windows: int = 64
     final_windows: int | None = None
 
+    def __post_init__(self):
+        check_numbers(vars(self), {item.name: item.type for item in dataclasses.fields(self)}, "Profile")
+        require(self.teacher_width % self.teacher_heads == 0, "Profile.teacher_heads", self.teacher_heads,
+                f"a divisor of teacher_width = {self.teacher_width}")
+
     def replace(self, **overrides: Any) -> Profile:
         """A copy with other values. Raises ValueError for a name that is no field."""
         reject_unknown(overrides, (item.name for item in dataclasses.fields(self)), "Profile")
@@ -478,7 +500,7 @@ class Profile:
         """
         given = {**dict(self.recipe), **overrides}
         steps = given.get("distill_steps", recipe.distill_steps)
-        require(isinstance(steps, int) and steps >= 1, "distill_steps", steps, "a whole number from 1")
+        check_numbers({"distill_steps": steps}, {"distill_steps": "int"})
         ratio = steps / recipe.distill_steps
         for name in ("fdd_start", "patience", "eval_every"):
             given.setdefault(name, max(1, round(getattr(recipe, name) * ratio)))
@@ -562,8 +584,7 @@ def select_precision(device: torch.device, asked: str = "auto") -> tuple[str, st
     bf16 needs compute capability 8.0 on a GPU (`torch.cuda.is_bf16_supported` says True on a T4, where it is
     emulated and slow) and AVX512-BF16 or AMX on an x86 CPU.
     """
-    allowed = ("auto", "fp32", "fp16", "bf16")
-    require(asked in allowed, "precision", asked, ", ".join(allowed))
+    require(asked in PRECISIONS, "precision", asked, ", ".join(PRECISIONS))
     if asked != "auto":
         return asked, f"{asked}: asked for"
     if device.type == "cuda":
@@ -1686,6 +1707,17 @@ def linear_cka(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
         return (x.t() @ y).square().sum() / ((x.t() @ x).norm() * (y.t() @ y).norm()).clamp_min(1e-20)
 
 
+def token_variance(x: Tensor) -> Tensor:
+    """(B, T, D) -> (D,) variance of each channel over the tokens, of all processes' batches together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x.var((0, 1))
+    rows = x.flatten(0, 1).double()
+    sums = torch.cat((rows.sum(0), rows.square().sum(0), rows.new_tensor([len(rows)])))
+    torch.distributed.all_reduce(sums)
+    (total, squares), n = sums[:-1].view(2, -1), sums[-1]
+    return ((squares - total.square() / n) / (n - 1)).to(x.dtype)
+
+
 def span_ends(n_student: int, n_teacher: int) -> tuple[int, ...]:
     """The last teacher layer, from 0, of the span that each student layer stands for: (1, 3, 5) for 3 and 6,
     (2, 4, 7, 9, 11) for 5 and 12. Raises ValueError for a student deeper than the teacher."""
@@ -1866,7 +1898,7 @@ class Distiller(nn.Module):
             goal = captured[end][1].float().to(rest.device)  # (B, T, D)
             added, _ = block(start)
             error = (added.float() - goal)[:, 1:].square().mean((0, 1))  # (D,)
-            losses.append((error / (goal - start)[:, 1:].var((0, 1)).clamp_min(1e-6)).mean() / len(blocks))
+            losses.append((error / token_variance((goal - start)[:, 1:]).clamp_min(1e-6)).mean() / len(blocks))
             start = goal
         return sum(losses)
 
@@ -1957,16 +1989,55 @@ def find_attached(accept: Callable[[Path], bool]) -> Path | None:
     return next(filter(accept, attached_folders()), None)
 
 
+def require_writable(folder: Path, name: str) -> None:
+    """Raises ValueError when no file can be made in the folder, or in the nearest one above it that exists."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    require(there.is_dir() and os.access(there, os.W_OK | os.X_OK), name, str(folder), "a folder that can be written to")
+
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO)
+
+
+class CannotWrite(OSError):
+    """The disk is full, or does not take what is written; what was there before is as it was."""
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns what libraries raise when a disk is full into one sentence; torch and safetensors hide the system's error."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        number = None
+        while cause and number not in WRITE_ERRORS:
+            found = re.search(r"os error (\d+)", str(cause))
+            number = int(found[1]) if found else getattr(cause, "errno", None)
+            if re.search(r"\d+ requested and \d+ written", str(cause)):  # numpy
+                number = errno.ENOSPC
+            cause = cause.__cause__ or cause.__context__
+        if number not in WRITE_ERRORS or isinstance(error, CannotWrite):
+            raise
+        raise CannotWrite(number, f"{path} cannot be written ({os.strerror(number)}); what was there before is kept. Free "
+                                  "some space or choose another folder, then run again") from error
+
+
 def write_atomically(path: Path, content: str | Callable[[Any], Any]) -> None:
     """Writes a text, or what a function writes to a binary file, beside `path`, flushes it to the disk and renames: a
-    reader sees the old content or the new one, and a killed save leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    reader sees the old content or the new one, and a killed save leaves the last whole one. Raises CannotWrite when the
+    disk is full, and leaves nothing half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else content(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.encode()) if isinstance(content, str) else content(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def is_main_process() -> bool:
@@ -1974,20 +2045,36 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def several_processes() -> Any:
+    """accelerate's PartialState where a launcher has started more than one process, else None."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    return import_optional("accelerate").PartialState(cpu=select_device()[0].type == "cpu")
+
+
 def wait_for_everyone() -> None:
     """Returns when all processes of the run have come here; at once where there is only one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        import_optional("accelerate").PartialState(cpu=select_device()[0].type == "cpu").wait_for_everyone()
+    state = several_processes()
+    if state:
+        state.wait_for_everyone()
+
+
+def main_process_first() -> contextlib.AbstractContextManager:
+    """The main process runs the block before the others, which find in the cache what it has written."""
+    state = several_processes()
+    return state.main_process_first() if state else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block has ended well; one that exists by then is kept."""
+    """A folder that appears under its name only when the block has ended well; one that exists by then is kept. Raises
+    CannotWrite when the disk is full."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with _explained(path):
+            temporary.mkdir(parents=True)
+            yield temporary
         with contextlib.suppress(OSError):  # another process was faster
             os.rename(temporary, path)
     finally:
@@ -2013,13 +2100,20 @@ class Corpus:
 
     @classmethod
     def from_folder(cls, name: str, folder: Path) -> Corpus:
-        """Raises ValueError that names the files that are missing or empty."""
+        """Raises ValueError that names the files that are missing, empty or no text."""
         files = [folder / f"{split}.txt" for split in SPLITS]
         bad = [file.name for file in files if not file.is_file() or not file.stat().st_size]
         if bad:
             raise ValueError(f"corpus folder {folder} has no text in {', '.join(bad)}; it needs train.txt, "
                              "validation.txt and test.txt.")
-        return cls(name, folder, content_hash(*(file.read_bytes() for file in files)))
+        contents = [file.read_bytes() for file in files]
+        for file, content in zip(files, contents):
+            try:
+                readable = b"\0" not in content and bool(content.decode().strip())
+            except UnicodeDecodeError:
+                readable = False
+            require(readable, f"corpus file {file}", content[:16], "text in UTF-8 that is not blank")
+        return cls(name, folder, content_hash(*contents))
 
     def text(self, split: str) -> str:
         """The raw text of a split."""
@@ -2030,6 +2124,13 @@ class Corpus:
         with open(self.folder / f"{split}.txt", "rb") as file:
             counts = [(len(line), len(line.decode().split())) for line in file]
         return {"bytes": sum(c[0] for c in counts), "words": sum(c[1] for c in counts)}
+
+
+def require_windows(corpus: Corpus, tokens: dict[str, np.ndarray], seq_len: int) -> None:
+    """Raises ValueError for a split that is shorter than one window and the token after it."""
+    for split in SPLITS:
+        require(len(tokens[split]) > seq_len, f"tokens in the {split} split of corpus {corpus.name}", len(tokens[split]),
+                f"at least seq_len + 1 = {seq_len + 1}")
 
 
 def load_corpus(name: str, max_chars: int | None = None) -> Corpus:
@@ -2217,11 +2318,54 @@ class Teacher:
     name: str
 
 
+def require_finite(model: nn.Module, what: str) -> None:
+    """Raises ValueError that names the first parameter with a NaN or an infinity in it."""
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise ValueError(f"{what} has {int((~torch.isfinite(p)).sum())} values in {name} that are NaN or infinite; "
+                             "allowed: finite weights.")
+
+
+def refuse_missing(info: dict[str, Any], what: str) -> None:
+    """Raises ValueError when from_pretrained, by its loading info, made up weights that the file lacks or has in another
+    shape."""
+    missing = sorted(info["missing_keys"])
+    for name, *shapes in sorted(info["mismatched_keys"]):
+        require(False, f"{what}: shape of {name}", tuple(shapes[0]), f"{tuple(shapes[1])}, that of its config.json")
+    if missing:
+        raise ValueError(f"{what} has no weights for {missing[0]} and {len(missing) - 1} more that its config.json asks "
+                         "for; allowed: a file of the same configuration.")
+
+
+def check_teacher(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Raises ValueError for weights that are not finite, a tokenizer of another vocabulary, and a model whose output at
+    one place depends on later tokens, as that of BERT does."""
+    require_finite(model, f"teacher {name}")
+    rows, known = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    # Embeddings are often padded to a round number of rows, never by much.
+    require(known <= rows <= known + max(1024, known // 10), f"teacher {name}: tokens of its tokenizer", known,
+            f"about as many as the {rows} rows of its embedding")
+    embedded: list[Tensor] = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: embedded.append(out.detach().requires_grad_()) or embedded[-1])
+    try:
+        ids = torch.arange(8, device=next(model.parameters()).device).clamp(max=rows - 1).unsqueeze(0)
+        with torch.enable_grad():
+            logits = model(input_ids=ids).logits  # (1, 8, V)
+    finally:
+        handle.remove()
+    # A mask makes the gradient zero whatever the weights are; outputs alone differ little in a model hardly trained.
+    reach = torch.autograd.grad(logits[0, 3, : rows // 2].sum(), embedded[0])[0][0].abs().amax(1)  # (8,)
+    require(bool(reach[4:].max() <= 1e-6 * reach[:4].max()), f"teacher {name}", type(model).__name__,
+            "a causal language model, in which no token sees a later one")
+
+
 def load_teacher(spec: str) -> Teacher:
     """A teacher by folder or hub id (`gpt2`); `ref` is the folder teacher/ of ASNN_REF.
 
     An attached folder named like the last part of the id, or one below it, is taken before the hub is asked. Raises
-    ValueError for a folder that cannot be loaded, HubUnavailable for an id that cannot be fetched.
+    ValueError for a folder that cannot be loaded or holds no causal language model (see check_teacher), HubUnavailable
+    for an id that cannot be fetched.
     """
     transformers = import_optional("transformers")
     if spec == "ref":
@@ -2237,16 +2381,24 @@ def load_teacher(spec: str) -> Teacher:
 
         source = find_attached(is_model) or spec
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # refused below, by name
         for module in model.modules():
             if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
                 module.act = nn.GELU(approximate="tanh")  # the same function in one kernel instead of eight
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:
         if Path(source).is_dir():
-            raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}") from error
+            other = re.match(r"Unrecognized configuration class .*?(\w+)Config'", str(error))
+            require(other is None, f"teacher folder {source}", other and other[1],
+                    "a causal language model, as GPT-2 or Llama are")
+            raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}; it needs config.json, "
+                             "whole weights and a tokenizer.") from error
         raise HubUnavailable(f"teacher {spec!r}", _first_line(error)[:120]) from error
-    return Teacher(model.eval(), tokenizer, Path(spec).name if Path(spec).is_dir() else spec)
+    name = Path(spec).name if Path(spec).is_dir() else spec
+    refuse_missing(info, f"teacher {name}")
+    check_teacher(model.eval(), tokenizer, name)
+    return Teacher(model, tokenizer, name)
 
 
 class WindowSampler:
@@ -2314,7 +2466,8 @@ class NonFiniteLoss(RuntimeError):
 class FitConfig:
     """The optimiser's side of a run. One step takes batch_size * grad_accum windows, over all processes together.
 
-    `patience` is in steps; `max_hours` bounds one call of `fit` and not the run, which a later call resumes.
+    `patience` is in steps; `max_hours` bounds one call of `fit`, which ends at 95 % of it, and not the run, which a later
+    call resumes.
     """
 
     steps: int
@@ -2343,14 +2496,11 @@ class FitConfig:
     def __post_init__(self):
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             require(getattr(self, name) in allowed, f"FitConfig.{name}", getattr(self, name), ", ".join(allowed))
-        for name in ("steps", "batch_size", "seq_len", "grad_accum", "eval_every", "save_every", "log_every"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, f"FitConfig.{name}", value, "a whole number from 1")
-        for name in ("lr", "clip", "patience", "max_hours"):
-            value = getattr(self, name)
-            optional = name in ("patience", "max_hours")
-            require(value is None and optional or isinstance(value, (int, float)) and value > 0, f"FitConfig.{name}",
-                    value, "a number above 0" + (" or None" if optional else ""))
+        check_numbers(vars(self), {item.name: item.type for item in dataclasses.fields(self)}, "FitConfig", (
+            "matrix_lr", "weight_decay", "min_delta", "align_steps", "seed", "nonfinite_limit"), ("beta2", "warmup_ratio"))
+        require(self.beta2 < 1, "FitConfig.beta2", self.beta2, "a number in [0, 1)")
+        require(self.align_steps < self.steps, "FitConfig.align_steps", self.align_steps, f"less than steps = {self.steps}")
+        require(self.precision in PRECISIONS, "FitConfig.precision", self.precision, ", ".join(PRECISIONS))
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, **overrides: Any) -> FitConfig:
@@ -2556,6 +2706,9 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                                          cpu=device.type == "cpu")
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
+    spread = accelerator.distributed_type.value  # sharded weights would be saved and evaluated in parts
+    require(spread not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"), "accelerate's distributed_type", spread,
+            "NO, MULTI_CPU, MULTI_GPU (accelerate launch --multi_gpu), in which every process holds all weights")
     seed_everything(config.seed)
     objective.train()
     groups = parameter_groups(objective, config.weight_decay, config.lr, config.matrix_lr)
@@ -2574,11 +2727,25 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     identity = {**{k: v for k, v in dataclasses.asdict(config).items()
                    if k not in ("max_hours", "save_every", "precision", "log_every")}, "data": sampler.fingerprint()}
     path = folder / "checkpoint.pt" if folder else None
+    require_finite(objective, "the model to train")
+    if hasattr(objective, "teacher"):
+        require_finite(objective.teacher, "the teacher")
     for stale in folder.glob(".checkpoint.pt.*.tmp") if folder and main else ():
         stale.unlink(missing_ok=True)  # of a save that was killed
     stopped = ""
     if path and path.is_file():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            known = {name: getattr(value, "shape", None) for name, value in saved["objective"].items()}
+            saved["identity"].items()
+        except Exception as error:  # the reader raises half a dozen unrelated types for a damaged file
+            raise ValueError(f"checkpoint {path} is damaged or no checkpoint of a run ({type(error).__name__}); delete it "
+                             "to start anew, or choose another run name.") from error
+        shapes = {name: getattr(value, "shape", None) for name, value in objective.state_dict().items()}
+        for name in sorted(shapes.keys() | known.keys()):
+            old, new = (tuple(x[name] or ()) if name in x else None for x in (known, shapes))
+            require(old == new, f"{path}: shape of {name}", old, f"{new}, that of this run; choose another run name or the "
+                                                                  "same settings")
         for name, value in identity.items():
             if saved["identity"].get(name) != value:
                 raise ValueError(f"{path} was made with {name} {saved['identity'].get(name)!r} and this run has "
@@ -2684,8 +2851,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             bar.update(1)
             if evaluate_now and (step % config.eval_every == 0 or step == config.steps
                                  or step in getattr(objective, "boundaries", ())):
-                measured = [evaluate_now() if main else {}]
-                if world > 1:
+                measured = [evaluate_now()]
+                if world > 1:  # the same to the last bit
                     accelerate.utils.broadcast_object_list(measured)
                 objective.train()
                 row = {"step": step, **{f"val_{k}": v for k, v in measured[0].items()}}
@@ -2703,7 +2870,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             elif not stopped and max_steps is not None and step - first_step >= max_steps:
                 stopped = "step limit"
             elif not stopped and config.max_hours is not None and agreed(
-                    float(time.perf_counter() - begin >= 3600 * config.max_hours)):
+                    float(time.perf_counter() - begin >= 0.95 * 3600 * config.max_hours)):  # figures take time too
                 stopped = "time budget"
             whole = True
             if stopped or step % config.save_every == 0:
@@ -2755,8 +2922,10 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     Each token but the very first of the split is predicted once, from the tokens before it in its window; the last
     window may be shorter. NLL is summed in fp64 from fp32 log-probabilities. `precision`, `fp32`, `fp16` or `bf16`,
     is what the matrix products run in. `windows` takes only the first so many; `size` is `Corpus.size(split)`.
+    Several processes share the batches out and all get the sums of all, those of one process to the bit; each must call.
     """
     tqdm = import_optional("tqdm").tqdm
+    state = several_processes()
     training, device = model.training, next(model.parameters()).device
     starts = list(range(0, len(tokens) - 1, seq_len))[:windows]
     require(bool(starts), "tokens to evaluate", len(tokens), "at least 2")
@@ -2764,10 +2933,12 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     full = [s for s in starts if s + seq_len < len(tokens)]
     groups = [full[i:i + batch_size] for i in range(0, len(full), batch_size)] + [[s] for s in starts[len(full):]]
     head = model.get_output_embeddings()
-    sums, counts = [], []
+    shares: list[list[tuple[list[float], int]]] = [[]]  # by process and batch: sums of its windows, tokens of each
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     require(precision in dtypes, "precision", precision, ", ".join(dtypes))
-    for group in tqdm(groups, desc=description, unit="batch", mininterval=1.0, disable=description is None):
+    rank, world = (state.process_index, state.num_processes) if state else (0, 1)
+    for group in tqdm(groups[rank::world], desc=description, unit="batch", mininterval=1.0,
+                      disable=description is None or rank > 0):
         rows = torch.from_numpy(np.stack([tokens[s:s + seq_len + 1].astype(np.int64) for s in group])).to(device)
         with torch.autocast(device.type, dtype=dtypes[precision], enabled=precision != "fp32"):
             hidden = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
@@ -2775,10 +2946,13 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
                 nll = chunked_nll(hidden, head.weight, rows[:, 1:])  # (B, T)
             else:  # a head in int8 or fed by spikes has no weight to share out
                 nll = torch.stack([F.cross_entropy(head(h).float(), y, reduction="none") for h, y in zip(hidden, rows[:, 1:])])
-        sums += nll.double().sum(1).tolist()
-        counts += [nll.shape[1]] * nll.shape[0]
+        shares[0].append((nll.double().sum(1).tolist(), nll.shape[1]))
     model.train(training)
-    window, count = np.array(sums), np.array(counts)
+    if state:
+        shares = import_optional("accelerate").utils.gather_object(shares)
+    parts = [shares[i % world][i // world] for i in range(len(groups))]
+    window = np.array([x for sums, _ in parts for x in sums])
+    count = np.array([T for sums, T in parts for _ in sums])
     total, scored = float(window.sum()), int(count.sum())
     mean = total / scored
     # Windows are the sampling unit: tokens inside one are not independent.
@@ -3022,7 +3196,8 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
     Returns the teacher and what is known of its training.
     """
     transformers = import_optional("transformers")
-    tokenizer = train_tokenizer(corpus, profile.vocab_size)
+    with main_process_first():
+        tokenizer = train_tokenizer(corpus, profile.vocab_size)
     shape = {"vocab_size": len(tokenizer), "n_positions": seq_len, "n_embd": profile.teacher_width,
              "n_layer": profile.teacher_layers, "n_head": profile.teacher_heads}
     # A teacher that sees every window about once has nothing to gain from dropout.
@@ -3038,7 +3213,9 @@ def train_teacher(profile: Profile, corpus: Corpus, seq_len: int, seed: int = 42
     folder = cache_folder() / "teachers" / key
     name = f"gpt2-{profile.teacher_layers}x{profile.teacher_width}-{corpus.name}-{key[:6]}"
     if not folder.is_dir():
-        tokens = tokenize_corpus(corpus, tokenizer)
+        with main_process_first():
+            tokens = tokenize_corpus(corpus, tokenizer)
+        require_windows(corpus, tokens, seq_len)
         seed_everything(seed)
         model = transformers.GPT2LMHeadModel(config)
         work = cache_folder() / "teachers" / f"{key}.training"
@@ -3097,18 +3274,27 @@ class Task:
 
 
 def load_task(recipe: Recipe, profile: Profile) -> Task:
-    """Corpus, teacher and tokens of a recipe in a profile; raises what load_corpus, load_teacher and match_teacher do."""
-    corpus = load_corpus(profile.corpus, profile.corpus_chars)
+    """Corpus, teacher and tokens of a recipe in a profile; raises what load_corpus, load_teacher and match_teacher do,
+    and ValueError for folders that cannot be written to and a corpus shorter than a window, before training."""
+    require_writable(cache_folder(), "the cache folder (ASNN_CACHE)")
+    require_writable(outputs_folder(), "the outputs folder (ASNN_OUTPUTS)")
+    with main_process_first():
+        corpus = load_corpus(profile.corpus, profile.corpus_chars)
     training: dict[str, Any] = {}
     if recipe.teacher == "untrained-goose":
-        teacher = untrained_goose_teacher(recipe, train_tokenizer(corpus, profile.vocab_size))
+        with main_process_first():
+            tokenizer = train_tokenizer(corpus, profile.vocab_size)
+        teacher = untrained_goose_teacher(recipe, tokenizer)
     elif profile.teacher == "train":
         teacher, training = train_teacher(profile, corpus, recipe.seq_len, recipe.seed)
     else:
         teacher = load_teacher(profile.teacher)
     recipe, notes = match_teacher(recipe, teacher)
     sizes = {split: corpus.size(split) for split in SPLITS}
-    return Task(recipe, notes, corpus, sizes, tokenize_corpus(corpus, teacher.tokenizer), teacher, training)
+    with main_process_first():
+        tokens = tokenize_corpus(corpus, teacher.tokenizer)
+    require_windows(corpus, tokens, recipe.seq_len)
+    return Task(recipe, notes, corpus, sizes, tokens, teacher, training)
 
 
 def distil(task: Task, recipe: Recipe, config: FitConfig, folder: Path | None = None, eval_windows: int | None = 64,
@@ -5285,12 +5471,40 @@ def outputs_folder() -> Path:
     return Path(__file__).resolve().parent / "outputs" if where_am_i() == "local" else Path.cwd() / "outputs"
 
 
+_LOCKS: dict[Path, Any] = {}  # of the run folders that this process works in
+
+
+def lock_folder(folder: Path) -> None:
+    """Makes the folder this process's own until unlock_folder or the process's end, however it comes. Raises RuntimeError
+    when it is another's. The lock lies beside the folder, which is then as it would be without."""
+    filelock = import_optional("filelock")
+    lock = _LOCKS.setdefault(folder.resolve(), filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0))
+    if lock.is_locked:
+        return
+    with _explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise RuntimeError(f"run folder {folder} is in use by another process; wait until that has ended, or choose "
+                               "another run name.") from None
+
+
+def unlock_folder(folder: Path) -> None:
+    """Gives up the lock of lock_folder and removes its file; does nothing without one."""
+    lock = _LOCKS.pop(folder.resolve(), None)
+    if lock is not None and lock.is_locked:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's is removed
+        lock.release()
+
+
 class Run:
     """The folder outputs/<version>/<name>/ of one run: config.json, env.json, metrics.json, log.jsonl, figures/,
     student/.
 
     A finished run is never touched again: asking for its name makes <name>-2. An unfinished one with the same
-    settings is resumed, one with other settings is left alone and a new folder is made.
+    settings is resumed, one with other settings is left alone and a new folder is made. One that another process is at
+    work in is refused.
     """
 
     def __init__(self, folder: Path, note: str):
@@ -5301,12 +5515,11 @@ class Run:
     def open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None = None) -> Run:
         """Raises ValueError for a name with characters outside letters, digits, '.', '_' and '-'. Of several processes
         the first opens the folder and tells the others."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        state = several_processes()
+        if not state:
             return cls._open(version, name, config, outputs)
-        accelerate = import_optional("accelerate")
-        state = accelerate.PartialState(cpu=select_device()[0].type == "cpu")
         told = [cls._open(version, name, config, outputs) if state.is_main_process else None]
-        accelerate.utils.broadcast_object_list(told)
+        import_optional("accelerate").utils.broadcast_object_list(told)
         return cls(told[0].folder, told[0].note)
 
     @classmethod
@@ -5316,18 +5529,24 @@ class Run:
             require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) is not None, what, value,
                     "letters, digits, '.', '_' and '-', a letter or digit first")
         base = (outputs or outputs_folder()) / version
+        require_writable(base, "the outputs folder")
         text = json.dumps(config, indent=1, sort_keys=True)
         for number in range(1, 10_000):
             folder = base / (name if number == 1 else f"{name}-{number}")
+            settings = folder / "config.json"
+            if (folder / "metrics.json").exists() or settings.is_file() and settings.read_text() != text:
+                continue
+            lock_folder(folder)
             if not folder.exists():
                 folder.mkdir(parents=True)
                 (folder / "figures").mkdir()
                 # Outputs saved earlier and attached as an input are read-only: go on from a copy.
                 attached = find_attached(lambda p: p.name == name and (p / "checkpoint.pt").is_file()
                                          and (p / "config.json").is_file() and (p / "config.json").read_text() == text)
-                if attached:
-                    with open(attached / "checkpoint.pt", "rb") as source:
-                        write_atomically(folder / "checkpoint.pt", lambda file: shutil.copyfileobj(source, file))
+                for path in sorted(attached.rglob("checkpoint.pt")) if attached else ():  # also of runs inside this one
+                    with open(path, "rb") as source:
+                        write_atomically(folder / path.relative_to(attached),
+                                         lambda file: shutil.copyfileobj(source, file))
                 # The settings come last: they make the folder one that a later call resumes.
                 write_atomically(folder / "env.json", json.dumps(environment(), indent=1))
                 write_atomically(folder / "config.json", text)
@@ -5335,9 +5554,9 @@ class Run:
                     return cls(folder, f"resuming the attached unfinished run {attached}")
                 why = "" if number == 1 else f" ({name} exists with other settings or is finished)"
                 return cls(folder, f"new run {folder.name}{why}")
-            settings = folder / "config.json"
             if not (folder / "metrics.json").exists() and settings.is_file() and settings.read_text() == text:
                 return cls(folder, f"resuming unfinished run {folder.name}")
+            unlock_folder(folder)
         raise ValueError(f"run name {name} has been used 9,999 times; choose another.")
 
     def show(self, figure: Any, name: str) -> None:
@@ -5361,6 +5580,7 @@ class Run:
             table = results_table(runs(self.folder.parent.parent))
             write_atomically(self.folder.parent.parent / "index.md", f"# Runs\n\n{table}\n")
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+            unlock_folder(self.folder)
         wait_for_everyone()
 
 
@@ -5400,9 +5620,13 @@ def load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, Profile, dict[str,
     freeze = lambda x: tuple(map(freeze, x)) if isinstance(x, list) else x  # noqa: E731  JSON has no tuples
     recipe, profile = ({k: freeze(v) for k, v in settings[part].items()} for part in ("recipe", "profile"))
     try:
-        student = GooseForCausalLM.from_pretrained(folder / "student")
+        student, info = GooseForCausalLM.from_pretrained(folder / "student", output_loading_info=True,
+                                                         ignore_mismatched_sizes=True)  # refused below, by name
     except Exception as error:  # the library raises a dozen unrelated types for a damaged folder
-        raise ValueError(f"student {folder / 'student'} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"student {folder / 'student'} cannot be loaded: {_first_line(error)}; it needs config.json and "
+                         "whole weights.") from error
+    refuse_missing(info, f"student {folder / 'student'}")
+    require_finite(student, f"student {folder / 'student'}")
     return student.eval(), Recipe(**recipe), Profile(**profile), json.loads((folder / "metrics.json").read_text())
 
 

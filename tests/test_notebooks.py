@@ -143,38 +143,76 @@ def test_time_budget_ends_the_notebook_well_and_the_next_session_goes_on(tmp_pat
     assert metrics_of(working)["training"]["step"] == 30
 
 
-def test_two_processes_run_the_notebook_into_one_folder(tmp_path):
+WATCH = """
+import os, sys
+
+def watch(event, args):
+    if event == "open" and isinstance(args[0], str) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        if any(part in args[0] for part in os.environ["WATCHED"].split(os.pathsep)):
+            os.write(2, f"rank {os.environ.get('RANK')} wrote {args[0]}\\n".encode())
+
+sys.addaudithook(watch)
+"""
+
+
+def test_two_processes_run_the_notebook_into_one_folder_and_one_of_them_writes(tmp_path):
     env, working, _ = kaggle(tmp_path, 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # Not by `accelerate launch`, which starts a single process where there is no GPU.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "watch"),
+            "WATCHED": os.pathsep.join((str(working / "outputs"), str(tmp_path / "cache")))}
+    # --multi_gpu also where there is no GPU: without it accelerate starts a single process.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port,
                NOTEBOOK.with_suffix(".py").name]
-    done = subprocess.run(command, cwd=working, env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("new run tiny-seed42") == 2
     assert metrics_of(working)["training"]["step"] == 30  # and there is one metrics file only
+    assert set(re.findall(r"rank (\d) wrote", done.stderr)) == {"0"}
 
 
-def test_the_tax_of_a_student_with_all_sites_is_measured_in_two_sessions(tmp_path):
-    env, working, _ = kaggle(tmp_path, 1)
-    notebook = working / "asnn_v14_4_transfer.py"
-    shutil.copy(ROOT / "notebooks" / notebook.name, notebook)
-    # The notebook leaves at least 3.6 s; so many steps take longer.
-    with_values(notebook, recipe="v14.4-sites", run_name="night", steps=300, tax_seeds=2, tax_steps=5, max_hours=1e-6)
-    done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "not yet: the run is not finished" in done.stdout and "The tax was not measured" in done.stdout
-    assert not list(working.glob("outputs/*/*/metrics.json"))
-    with_values(notebook, max_hours=None)
-    done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "resuming unfinished run night" in done.stdout
-    metrics = metrics_of(working)
-    assert [row["seed"] for row in metrics["tax"]["runs"]] == [42, 43]
-    assert metrics["layers_fed_by_spikes"] == 1.0
-    assert not list(working.glob("outputs/**/checkpoint.pt"))
+def test_a_run_in_two_sessions_with_read_only_inputs_ends_like_one_without_a_budget(tmp_path):
+    """With every site and its tax. The first session's output is attached, and nothing can be written there."""
+    ends = {}
+    for session in ("first", "second", "whole"):
+        env, working, below = kaggle(tmp_path / session, 1)
+        env["ASNN_CACHE"] = str(tmp_path / "cache")  # a teacher is trained once
+        notebook = working / "asnn_v14_4_transfer.py"
+        shutil.copy(ROOT / "notebooks" / notebook.name, notebook)
+        # The notebook leaves at least 3.6 s; so many steps take longer.
+        with_values(notebook, recipe="v14.4-sites", run_name="night", steps=300, tax_seeds=2, tax_steps=5,
+                    max_hours=1e-6 if session == "first" else None)
+        if session == "second":
+            shutil.copytree(tmp_path / "first" / "kaggle" / "working" / "outputs", below / "last-night" / "outputs")
+            for path in below.rglob("*"):
+                path.chmod(0o555 if path.is_dir() else 0o444)
+        before = listing(below)
+        done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert listing(below) == before
+        ends[session] = done.stdout
+        if session == "first":  # saved, plotted, and on to the summary
+            assert re.search(r"time budget at step \d+ of 300", done.stdout)
+            assert "not yet: the run is not finished" in done.stdout and "The tax was not measured" in done.stdout
+            assert done.stdout.strip().splitlines()[-1].endswith("outputs/v14.4-sites/night")
+            assert not list(working.glob("outputs/*/*/metrics.json"))
+            assert {path.stem for path in working.glob("outputs/*/night/figures/*.png")} >= {"training", "density"}
+            assert list(working.glob("outputs/*/night/checkpoint.pt"))
+        else:
+            ends[session] = metrics_of(working)
+            assert not list(working.glob("outputs/**/checkpoint.pt"))
+            assert ("resuming the attached unfinished run" in done.stdout) == (session == "second")
+    second, whole = ends["second"], ends["whole"]
+    assert [row["seed"] for row in second["tax"]["runs"]] == [42, 43]
+    assert second["layers_fed_by_spikes"] == 1.0 and second["training"]["step"] == 300
+    for name in ("gap", "tax", "stages", "layers_fed_by_spikes"):
+        assert second[name] == whole[name], name
+    for name in ("validation", "test", "density", "amplitude"):
+        assert second["student"][name] == whole["student"][name], name
 
 
 @pytest.mark.parametrize("name, values, sentence", [

@@ -1,5 +1,6 @@
 """Training: every recipe, exact resume, interruptions, several processes, evaluation, building students."""
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -218,10 +219,17 @@ if __name__ == "__main__":
 """
 
 CURVES = SCRIPT + """
-def processes():
-    import accelerate
-    return accelerate.PartialState().num_processes
+import accelerate
+rank, written = os.environ.get("RANK", "0"), []
+place = Path(sys.argv[1])
 
+def watch(event, args):
+    if event == "open" and str(place) in str(args[0]) and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        written.append(str(args[0]))
+    elif event in ("os.mkdir", "os.rename", "os.remove") and str(place) in str(args[0]):
+        written.append(str(args[0]))
+
+sys.addaudithook(watch)
 curves = {}
 v14_4 = {"head_width": 8, "lr": 1e-3, "matrix_lr": 1e-3, "ce_start": 0, "anneal_steps": 0}
 for key, name, overrides in (("v14.3", "v14.3", {}), ("v14.3-published", "v14.3-published", {}),
@@ -229,8 +237,20 @@ for key, name, overrides in (("v14.3", "v14.3", {}), ("v14.3-published", "v14.3-
                              ("aligned", "v14.4", {**v14_4, "align_steps": 3})):
     result = asnn.fit(*objective(name, **overrides))
     curves[key] = [[row["loss"], row["align" if "align" in row else "kd"], row["grad_norm"]] for row in result.log]
-if os.environ.get("RANK", "0") == "0":
-    Path(sys.argv[1]).write_text(json.dumps({"processes": processes(), **curves}))
+
+# An evaluation, of batches that cannot be shared out evenly; then a run that evaluates, saves and finishes.
+made, sampler, settings = objective("v14.3")
+held_out = np.random.default_rng(1).integers(0, 64, 16 * 13 + 6).astype(np.uint16)
+curves["evaluation"] = [[part.ppl, part.nll, part.nll_se, part.tokens, *part.window_nll] for part in (
+    asnn.evaluate(made.student, held_out, 16, batch_size=3), asnn.evaluate(made.student, held_out[:10], 16))]
+run = asnn.Run.open("v14.3", "several", {}, place)
+settings = asnn.dataclasses.replace(settings, eval_every=3)
+result = asnn.fit(made, sampler, settings, lambda: {"ppl": asnn.evaluate(made.student, held_out, 16).ppl}, run.folder)
+curves["validation"] = [[row["val_ppl"]] for row in result.log if "val_ppl" in row]
+asnn.results_table = lambda metrics: ""
+run.finish({})
+(place.parent / f"{place.name}.{rank}.json").write_text(json.dumps(
+    {"processes": accelerate.PartialState().num_processes, "written": written, **curves}))
 """
 
 
@@ -256,29 +276,55 @@ def test_a_run_killed_while_it_saves_resumes_from_the_last_whole_checkpoint(tmp_
     assert same(weights(resumed[0]), weights(whole[0]))
 
 
-def test_two_processes_give_the_loss_curve_of_one(tmp_path, monkeypatch):
-    script = tmp_path / "curves.py"
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """(script, what it measures in a single process)."""
+    place = tmp_path_factory.mktemp("curves")
+    script = place / "curves.py"
     script.write_text(CURVES)
+    ended = in_a_process([script, place / "one"])
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return script, json.loads((place / "one.0.json").read_text())
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_give_the_loss_curve_of_one_and_one_of_them_writes(tmp_path, one_process, count):
+    script, one = one_process
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Not by `accelerate launch`, which starts a single process where there is no GPU.
-    ended = in_a_process(["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, script,
-                          tmp_path / "two.json"])
+    # --multi_gpu also where there is no GPU: without it accelerate starts a single process.
+    ended = in_a_process(["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", count,
+                          "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, script,
+                          tmp_path / "all"])
     assert ended.returncode == 0, ended.stderr[-3000:]
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one.json")])
-    runpy.run_path(str(script))
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert len(one[name]) == 6
-        # Alignment divides by the variance of a process's own part of the batch, here 32 tokens.
-        rtol = 0.2 if name == "aligned" else 1e-3
-        np.testing.assert_allclose(two[name], one[name], atol=1e-4, rtol=rtol, err_msg=name)
+    several = [json.loads((tmp_path / f"all.{rank}.json").read_text()) for rank in range(count)]
+    assert one["processes"] == 1 and one["written"]
+    for rank, measured in enumerate(several):
+        assert measured["processes"] == count and bool(measured["written"]) == (rank == 0)
+        assert measured["evaluation"] == one["evaluation"]  # to the bit
+        for name in one.keys() - {"processes", "written", "evaluation"}:
+            assert len(one[name]) == (2 if name == "validation" else 6)
+            np.testing.assert_allclose(measured[name], one[name], atol=1e-4, rtol=1e-3, err_msg=name)
 
 
 # ---- ends of a run
+
+
+@pytest.mark.parametrize("share, step", [(0.94, 8), (0.951, 3)])
+def test_a_run_ends_at_95_percent_of_its_hours(distillation, monkeypatch, share, step):
+    """A minute, on a clock that moves by a microsecond at each look and by almost all of the minute in the third step."""
+    objective, sampler, settings = distillation(distill_steps=8)
+    looks, jump, plain = itertools.count(), [0.0], objective.forward
+
+    def forward(input_ids, labels, step=0, want_ce=True):
+        jump[0] = 60 * share if step >= 2 else 0.0
+        return plain(input_ids, labels, step, want_ce)
+
+    objective.forward = forward
+    monkeypatch.setattr(asnn.time, "perf_counter", lambda: 1e-6 * next(looks) + jump[0])
+    result = asnn.fit(objective, sampler, dataclasses.replace(settings, max_hours=1 / 60))
+    assert (result.step, result.finished) == (step, step == 8)
 
 
 def test_the_time_budget_stops_saves_and_is_resumed(distillation, tmp_path):
