@@ -351,9 +351,9 @@ def test_the_kernel_is_the_library_s_gather(gather_rows, threads):
     for X, out, spikes in cases():
         rows = torch.randn(X, out)
         packed = asnn.pack_rows(rows)
-        scale, offset = torch.frombuffer(packed[:, out:].numpy().tobytes(), dtype=torch.float32).view(X, 2).double().t()
+        scale, offset = packed[:, out:].flatten().clone().view(torch.float32).view(X, 2).double().split(1, 1)
         for weights, unpacked, reference in ((rows, rows.double(), asnn.embedding_bag_product),
-                                             (packed, scale[:, None] * packed[:, :out] + offset[:, None], asnn.embedding_bag_int8_product)):
+                                             (packed, scale * packed[:, :out] + offset, asnn.embedding_bag_int8_product)):
             got, size = gather_rows(weights, spikes), (spikes.double().square() @ unpacked.square()).sum().sqrt()
             assert got.dtype == torch.float32
             for expected in (spikes.double() @ unpacked, reference(weights, spikes)):
@@ -1160,9 +1160,9 @@ def test_what_cannot_be_skipped_is_refused_before_anything_is_measured(monkeypat
 
 
 @torch.no_grad()
-def decode(model, ids):
+def decode(model, ids, state=None):
     """Logits (B, T, V) token by token, and the last state."""
-    state, logits = None, []
+    logits = []
     for t in range(ids.shape[1]):
         out = model(ids[:, t:t + 1], state=state, use_cache=True)
         state = out.state
@@ -1251,8 +1251,8 @@ def mark(student):
     return student
 
 
-def check_decoding(compiled, plain, ids):
-    (got, state), (expected, plain_state) = decode(compiled, ids), decode(plain, ids)
+def check_decoding(compiled, plain, ids, states=(None, None)):
+    (got, state), (expected, plain_state) = decode(compiled, ids, states[0]), decode(plain, ids, states[1])
     close(got, expected)
     close_states(state, plain_state)
     return got
@@ -1270,9 +1270,9 @@ def test_a_compiled_step_decodes_as_the_plain_one(pair, one, steps, name, backen
 @pytest.mark.parametrize("name, backend", COMPILED)
 def test_a_compiled_student_generates_what_the_plain_one_does(pair, one, steps, name, backend):
     plain, compiled = pair(name, backend)
-    expected = generate(plain, one, max_new_tokens=12)
-    assert not steps and expected[0, 12:].unique().numel() > 3
-    assert torch.equal(generate(compiled, one, max_new_tokens=12), expected)
+    expected = generate(plain, one[:, :1], max_new_tokens=12)
+    assert not steps and expected.unique().numel() > 4
+    assert torch.equal(generate(compiled, one[:, :1], max_new_tokens=12), expected)
     assert steps == [*compiled.goose.blocks] * 11
 
 
@@ -1290,49 +1290,47 @@ def test_a_copy_of_a_compiled_student_has_its_own_weights(pair, one, steps, name
     assert torch.equal(decode(compiled, one)[0], before)
 
 
-DIFFERENT = {**STUDENTS, "delta, token": {"state_kind": "delta", "encoder_kind": "integer:3"},
-             "delta, fixed": {"state_kind": "delta", "threshold": "mixed_fixed"},
-             "vector, counts": {"state_kind": "vector", "spike_kind": "integer:2"},
-             "vector, project first": {"state_kind": "vector", "output_order": "project_first"},
-             "vector, relu": {"state_kind": "vector", "activation": "relu"}}
+# All of the same shapes.
+DIFFERENT = [{"state_kind": "vector"}, {"state_kind": "vector", "encoder_kind": "integer:3"},
+             {"state_kind": "vector", "spike_kind": "integer:2"}, {"state_kind": "vector", "activation": "relu"},
+             {"state_kind": "vector", "recurrence": "cumsum"}, {"state_kind": "vector", "layer_norm_epsilon": 0.1},
+             {"state_kind": "vector", "threshold": "channel"}, {"state_kind": "vector", "threshold": "mixed"}]
 
 
 def test_students_that_differ_in_what_is_no_tensor_do_not_share_a_step(traced, one):
-    """All of the same shapes, one after the other, so that each could take a graph that is not its own."""
-    models = [build(**options) for options in DIFFERENT.values()]
+    """One after the other, so that each could take a graph that is not its own."""
+    models, structures = [build(**options) for options in DIFFERENT], set()
     models += [asnn.sparsify(models[0], backend) for backend in ("linear", "dense", "gather", "gather_int8")]
-    structures = set()
     for plain in models:
         compiled = asnn.compile_step(copy.deepcopy(plain))
         check_decoding(compiled, plain, one)
-        structures.add(compiled.goose.blocks[0].compiled)
         assert len({block.compiled for block in compiled.goose.blocks}) == 1
-    assert len(structures) == len(models) == traced()
+        structures.add(compiled.goose.blocks[0].compiled)
+    assert len(structures) == len(models)
 
 
-@pytest.mark.parametrize("name, backend", [("delta, counts", None), ("vector", "gather"), ("delta", "gather_int8")])
+@pytest.mark.parametrize("name, backend", [("delta, counts", None), ("vector", "gather")])
 def test_a_step_is_one_graph_for_all_layers_and_any_weights(students, traced, one, name, backend):
     plain = students(name) if backend is None else asnn.sparsify(students(name), backend)
-    other = shake(copy.deepcopy(plain))
-    for model in (plain, other):
+    for model in (plain, shake(copy.deepcopy(plain))):
         check_decoding(asnn.compile_step(copy.deepcopy(model)), model, one)
     assert traced() == 1
 
 
-@pytest.mark.parametrize("name, backend", [("matrix", None), ("delta", "gather"), ("vector", "linear")])
-def test_any_number_of_sequences_is_decoded(students, traced, one, ids, name, backend):
+@pytest.mark.parametrize("name, backend", [("matrix", None), ("vector", "gather")])
+def test_any_number_of_sequences_is_decoded_after_a_prompt_of_any_length(students, traced, ids, name, backend):
     plain = students(name) if backend is None else asnn.sparsify(students(name), backend)
     compiled = asnn.compile_step(copy.deepcopy(plain))
-    for batch in (one, ids, ids[:2], ids.repeat(9, 1), one):  # 1, 3, 2 and 27: other backends for each
-        check_decoding(compiled, plain, batch)
+    for batch, length in ((ids[:1], 1), (ids, 2), (ids[:1], 8), (ids.repeat(9, 1), 5)):  # 27 have another backend of a plan
+        states = [model(batch[:, :length], use_cache=True).state for model in (compiled, plain)]
+        check_decoding(compiled, plain, batch[:, length:], states)
 
 
-@pytest.mark.parametrize("name", ["delta", "vector"])
 @torch.no_grad()
-def test_a_compiled_student_in_training_mode_anneals_as_a_plain_one(students, traced, one, name):
-    plain = copy.deepcopy(students(name))
+def test_a_compiled_student_in_training_mode_anneals_as_a_plain_one(students, traced, one):
+    plain = copy.deepcopy(students("vector"))
     compiled = asnn.compile_step(copy.deepcopy(plain))
-    for training, share in ((False, 0.5), (True, 0.5), (True, 0.25), (True, 1.0), (False, 0.5)):
+    for training, share in ((False, 0.5), (True, 0.5), (True, 0.25), (False, 0.25)):
         for model in (plain, compiled):
             for module in asnn.spike_modules(model.train(training)).values():
                 module.share = share
@@ -1341,7 +1339,7 @@ def test_a_compiled_student_in_training_mode_anneals_as_a_plain_one(students, tr
 
 @torch.no_grad()
 def test_hooks_on_spikes_see_and_change_those_of_a_compiled_student(students, traced, one):
-    plain = asnn.sparsify(students("delta"), "gather")
+    plain = asnn.sparsify(students("vector"), "gather")
     compiled = asnn.compile_step(copy.deepcopy(plain))
     check_decoding(compiled, plain, one)
     structures, seen = [block.compiled for block in compiled.goose.blocks], []
@@ -1360,10 +1358,10 @@ def test_hooks_on_spikes_see_and_change_those_of_a_compiled_student(students, tr
 
 
 def test_a_compiled_student_can_be_made_sparse(students, traced, one):
-    plain = students("delta")
+    plain = students("vector")
     student = asnn.compile_step(copy.deepcopy(plain))
     check_decoding(student, plain, one)
-    for backend, compiled in (("gather", False), ("gather", True), ("dense", False), ("gather_int8", True)):
+    for backend, compiled in (("gather", False), ("gather", True), ("gather_int8", True)):
         expected = asnn.sparsify(plain, backend)
         check_decoding(asnn.sparsify(student, backend, compiled=compiled), expected, one)
 
