@@ -1378,7 +1378,7 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
     search, with the recurrent state as cache.
 
     The folder student/ of a run is a whole repository for the hub, model card and tokenizer included:
-    `hf upload <you>/<name> outputs/<version>/<run>/student .` (after `hf auth login`) puts it there in one commit.
+    `hf upload <you>/<name> outputs/<version>/<run>/student .` (after `hf auth login`) puts it there.
     `student.push_to_hub("<you>/<name>")` uploads config, weights and this file, `tokenizer.push_to_hub` the tokenizer;
     neither has the card. `from_pretrained("<you>/<name>", trust_remote_code=True)` loads either.
     """
