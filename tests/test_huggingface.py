@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import huggingface_hub
@@ -102,7 +103,8 @@ def test_the_card_says_what_is_known_of_the_energy():
     values = metrics()
     assert "Neither the energy of training nor that of generation was measured." in asnn.model_card(values)
     for energy, said in (("12 J a token.", "12 J a token."),
-                         ({"joules per token": 0.123456, "counter": "RAPL"}, "- joules per token: 0.1235\n- counter: RAPL")):
+                         ({"joules per token": 0.123456, "counter": "RAPL"},
+                          "- joules per token: 0.1235\n- counter: RAPL")):
         card = asnn.model_card({**values, "energy": energy})
         assert said in card and "was measured" not in card
 
@@ -235,7 +237,8 @@ def test_lm_eval_measures_what_the_plain_model_says(tasks, small_recipe, tokens,
     recipe = small_recipe(spike_sites=sites)
     sampler = asnn.WindowSampler(tokens["train"], recipe.seq_len, recipe.seed)
     student = asnn.build_student(recipe, teacher, calibration=sampler.batch(0, recipe.batch_size)[0])
-    asnn.fit(asnn.Distiller(student, teacher.model, recipe), sampler, asnn.FitConfig.from_recipe(recipe, precision="fp32"))
+    asnn.fit(asnn.Distiller(student, teacher.model, recipe), sampler,
+             asnn.FitConfig.from_recipe(recipe, precision="fp32"))
     student, tokenizer = student.eval(), teacher.tokenizer
     measured = lm_eval.simple_evaluate(
         model=HFLM(pretrained=student, tokenizer=tokenizer, batch_size=2), bootstrap_iters=2,
@@ -395,7 +398,8 @@ def test_bad_words_are_never_said(model, ids):
     def without(_, scores):
         return scores.index_fill(1, torch.tensor(bad), -math.inf)
     out = generate(model, ids, bad_words_ids=[[token] for token in bad])
-    assert torch.equal(out, plain_greedy(model, ids, 10, without)) and not torch.isin(out[:, 12:], torch.tensor(bad)).any()
+    assert torch.equal(out, plain_greedy(model, ids, 10, without))
+    assert not torch.isin(out[:, 12:], torch.tensor(bad)).any()
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -465,6 +469,23 @@ def test_checkpointing_gives_the_same_gradients(ids, student, padded, monkeypatc
         model.train().gradient_checkpointing_disable()
     calls.clear()
     assert step(model, ids, **given)[2] == pytest.approx(held, rel=0.05) and len(calls) == model.config.n_layer
+
+
+def test_checkpointing_holds_no_states_of_layers_that_are_done(ids, monkeypatch):
+    model, layer, states, alive = build().train(), asnn.GooseBlock.layer, [], []
+
+    def watched(*args):
+        alive.append([state() is not None for state in states])
+        out = layer(*args)
+        states.append(weakref.ref(out[1].S))
+        return out
+    monkeypatch.setattr(asnn.GooseBlock, "layer", watched)
+    checkpoint(model)
+    model(ids, labels=ids)
+    assert alive[2][0] is False  # the last one is still a name in the loop
+    alive.clear(), states.clear()
+    model(ids, use_cache=True)
+    assert alive[2][0] is True
 
 
 def test_the_reentrant_kind_of_checkpointing_gives_the_same_gradients(ids):
@@ -600,8 +621,8 @@ def test_a_training_step_is_one_graph_with_the_same_gradients(ids, student, grap
 
 @pytest.mark.parametrize("student", ["vector", "delta at all sites"])
 def test_decoding_compiles_twice_and_not_at_each_token(ids, student, graphs):
-    """Once for the state of a prompt, whose tensors are views of longer ones, once for the state of a token; the number of tokens
-    seen, an int, becomes dynamic with the second."""
+    """Once for the state of a prompt, whose tensors are views of longer ones, once for the state of a token; the number
+    of tokens seen, an int, becomes dynamic with the second."""
     made, backend = graphs
     model = build(n_layer=1, **STUDENTS[student])
     tokens = torch.randint(1, V, (3, 40))
