@@ -78,6 +78,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 try:
@@ -1252,8 +1253,9 @@ def _compiled_layer() -> Callable[..., tuple[Tensor, LayerState]]:
     return torch.compile(layer, options={"guard_filter_fn": guards})
 
 
-class GooseBlock(nn.Module):
-    """x + time_mix(LN(x)), then x + FFN(LN(x))."""
+class GooseBlock(GradientCheckpointingLayer):
+    """x + time_mix(LN(x)), then x + FFN(LN(x)). Where `model.gradient_checkpointing_enable()` was called, training keeps
+    only a block's input and computes the rest again in the backward pass."""
 
     compiled = ""  # what `compile_step` calls the structure of a block whose decoding steps are compiled
 
@@ -1299,7 +1301,7 @@ class GoosePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GooseBlock"]
     _is_stateful = True
     _input_embed_layer = "embeddings"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over tokens; a Trainer divides it by its accumulation steps
 
     @torch.no_grad()
@@ -1387,7 +1389,8 @@ class GooseModel(GoosePreTrainedModel):
         for i, block in enumerate(self.blocks):
             hidden.append(x)
             x, layer_state = block(x, mask, state.layers[i] if state is not None else None)
-            layers.append(layer_state)
+            if use_cache:  # a last state is a view that would keep the states of all tokens
+                layers.append(layer_state)
         x = self.head_in(self.ln_f(x))
         hidden.append(x)
         after = None
@@ -1405,6 +1408,11 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
     `save_pretrained` copies this file beside the weights, so that `AutoModelForCausalLM.from_pretrained(folder,
     trust_remote_code=True)` needs nothing but the folder. `generate` supports greedy decoding, sampling and beam
     search, with the recurrent state as cache.
+
+    The folder student/ of a run is a whole repository for the hub, model card and tokenizer included:
+    `hf upload <you>/<name> outputs/<version>/<run>/student .` (after `hf auth login`) puts it there.
+    `student.push_to_hub("<you>/<name>")` uploads config, weights and this file, `tokenizer.push_to_hub` the tokenizer;
+    neither has the card. `from_pretrained("<you>/<name>", trust_remote_code=True)` loads either.
     """
 
     _tied_weights_keys = {"lm_head.weight": "goose.embeddings.weight"}
@@ -5799,13 +5807,52 @@ def results_table(metrics: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# (hub id, licence) of teachers that go by a short name; any other name without an owner is that of a folder.
+HUB_TEACHERS = {**{name: (f"openai-community/{name}", "mit") for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+                "distilgpt2": ("distilbert/distilgpt2", "apache-2.0")}
+
+
+def _card_header(m: dict[str, Any]) -> str:
+    """The hub's YAML of a model card. base_model and datasets name only what the hub has; the licence is that of the
+    teacher, where it is known, and ours for a teacher that was trained here."""
+    hub = import_optional("huggingface_hub")
+    test, teacher, corpus = m["student"]["test"], m["teacher"]["name"], m["corpus"]["name"]
+    ours = "trained_steps" in m["teacher"] or teacher == "untrained-goose"
+    base, licence = HUB_TEACHERS.get(teacher, (teacher if "/" in teacher else None, "mit" if ours else "other"))
+    dataset = "Salesforce/wikitext" if corpus in WIKITEXT else None
+    window = f"windows of {test['seq_len']} tokens"
+    values = [("perplexity", f"perplexity per token, {window}", test["ppl"]),
+              ("bits_per_byte", f"bits per byte, {window}", test["bits_per_byte"]),
+              ("word_perplexity", f"perplexity per word, {window}", test["word_ppl"]),
+              ("perplexity_ratio", "student's over teacher's perplexity", m["gap"]["test"]["value"])]
+    results = [hub.EvalResult("text-generation", dataset or corpus, f"{corpus} ({m['corpus']['hash']})", kind,
+                              round(float(value), 6), dataset_config=WIKITEXT.get(corpus), dataset_split="test",
+                              metric_name=name)
+               for kind, name, value in values if value is not None and math.isfinite(value)]
+    data = hub.ModelCardData(
+        license=licence, license_name="that-of-the-teacher" if licence == "other" else None, base_model=base,
+        datasets=[dataset] if dataset else None, metrics=["perplexity"], library_name="transformers",
+        pipeline_tag="text-generation", tags=["spiking", "ternary", "rwkv", "distillation"],
+        model_name=f"ASNN-Goose {m['version']}, run {m['run']}" if results else None, eval_results=results or None)
+    return data.to_yaml()
+
+
+def _card_energy(m: dict[str, Any]) -> str:
+    energy = m.get("energy")
+    if not energy:
+        return "Neither the energy of training nor that of generation was measured."
+    if isinstance(energy, dict):
+        return "\n".join(f"- {k}: {v:.4g}" if isinstance(v, float) else f"- {k}: {v}" for k, v in energy.items())
+    return str(energy)
+
+
 def model_card(metrics: dict[str, Any]) -> str:
-    """README.md of a saved student, from the metrics of its run."""
+    """README.md of a saved student, from the metrics of its run: the hub's YAML header (licence, base_model, datasets,
+    model-index), how to load it, results, limits and energy, which is `metrics["energy"]`, a sentence or {name: value},
+    where the run has one."""
     m, test = metrics, metrics["student"]["test"]
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [spiking, ternary, rwkv, distillation]
+{_card_header(m)}
 ---
 # ASNN-Goose {m['version']}, run {m['run']}
 
@@ -5816,14 +5863,29 @@ A recurrent language model whose keys and values are ternary spikes {{-1, 0, +1}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 student = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 ```
 
 Measured on the test split, {test['tokens']:,} tokens in windows of {test['seq_len']}, each token scored once:
 
 {results_table([m])}
 
+## Limits
+
 The context is a state of fixed size. Positions are learned up to {test['seq_len']} tokens; later tokens share the last
 one, a length the model was not trained for. Batches need padding on the left. bfloat16 and float16 weights run, with
 states, decays and losses in float32.
+
+The model continues text. It was tuned neither to follow instructions nor to be harmless, what it writes may be false,
+and biases of its teacher and corpus are its own. Its perplexities hold for this tokenizer, split and window, and are
+not comparable with those of another tokenizer; bits per byte are.
+
+## Energy
+
+{_card_energy(m)}
+
+## Licence
+
+The code is under the MIT licence. The weights start from the teacher's or learn from its outputs: the licence of
+{m['teacher']['name']} and the terms of the corpus apply to them as well.
 """
