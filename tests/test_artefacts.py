@@ -294,3 +294,15 @@ def test_an_attached_unfinished_run_is_resumed_from_a_copy(tmp_path, monkeypatch
     new = asnn.Run.open("v0", "night", config, tmp_path / "outputs")
     assert "resuming the attached" in new.note
     assert (new.folder / "checkpoint.pt").read_bytes() == b"weights"
+
+
+def test_of_equally_old_runs_the_highest_version_is_taken(tmp_path, distillation, teacher):
+    student = distillation()[0].student
+    for version in ("v9", "v15", "v14.4"):
+        run = asnn.Run.open(version, "run", SETTINGS, tmp_path)
+        run.finish(metrics(), student, teacher.tokenizer)
+        os.utime(run.folder / "metrics.json", (0, 0))  # as attached files may be
+    assert asnn.find_run(outputs=tmp_path) == tmp_path / "v15" / "run"
+    assert asnn.find_run(without=("v15",), outputs=tmp_path) == tmp_path / "v14.4" / "run"
+    os.utime(tmp_path / "v9" / "run" / "metrics.json", (1, 1))
+    assert asnn.find_run(outputs=tmp_path) == tmp_path / "v9" / "run"
