@@ -17,7 +17,7 @@ Contents
     9  Sparse          SpikeVector, load_kernel, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, compile_step,
                        sparsify
     11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
-                       sample_texts, run_metrics, run_checks, results_table, model_card
+                       sample_texts, run_metrics, run_checks, results_table, model_card, figure_style, plain_log
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -4970,6 +4970,32 @@ def outputs_folder() -> Path:
     if os.environ.get("ASNN_OUTPUTS"):
         return Path(os.environ["ASNN_OUTPUTS"])
     return Path(__file__).resolve().parent / "outputs" if where_am_i() == "local" else Path.cwd() / "outputs"
+
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; the order puts the strongest contrasts first.
+COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermillion": "#D55E00", "purple": "#CC79A7",
+           "sky": "#56B4E9", "black": "#000000", "yellow": "#F0E442"}
+FIGURE_STYLE = {
+    "axes.prop_cycle": f"cycler('color', {list(COLOURS.values())})", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "font.size": 10, "axes.titlesize": 11,
+    "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 8, "legend.framealpha": 0.85,
+    "lines.linewidth": 1.6, "lines.markersize": 5, "figure.dpi": 100, "svg.hashsalt": "asnn"}
+
+
+def figure_style() -> None:
+    """Sets the look of all figures that this process draws from here on: FIGURE_STYLE over matplotlib's own."""
+    matplotlib = import_optional("matplotlib")
+    matplotlib.rcParams.update({**{key: matplotlib.rcParamsDefault[key] for key in FIGURE_STYLE}, **FIGURE_STYLE})
+
+
+def plain_log(axis: Any, values: Iterable[float] | None = None) -> None:
+    """Gives a logarithmic matplotlib axis (`axes.xaxis` or `.yaxis`, drawn already) ticks written as numbers, 200 instead
+    of 2 x 10^2: at `values`, else at each power of ten, and at 2 and 5 times it where that does not crowd them."""
+    ticker, (low, high) = import_optional("matplotlib.ticker"), axis.get_view_interval()
+    subs = (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs) if values is None else ticker.FixedLocator(list(values)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
 
 
 class Run:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -306,3 +307,44 @@ def test_of_equally_old_runs_the_highest_version_is_taken(tmp_path, distillation
     assert asnn.find_run(without=("v15",), outputs=tmp_path) == tmp_path / "v14.4" / "run"
     os.utime(tmp_path / "v9" / "run" / "metrics.json", (1, 1))
     assert asnn.find_run(outputs=tmp_path) == tmp_path / "v9" / "run"
+
+
+def test_the_style_is_one_and_its_colours_are_told_apart():
+    matplotlib, colors = pytest.importorskip("matplotlib"), pytest.importorskip("matplotlib.colors")
+    with matplotlib.rc_context():
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.rcParamsDefault["axes.prop_cycle"]
+        asnn.figure_style()
+        assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(asnn.COLOURS.values())
+        assert matplotlib.rcParams["axes.grid"] is True
+    # Seen without the green cones (Machado et al. 2009), on linear RGB.
+    deuteranopia = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                             [-0.011820, 0.042940, 0.968881]])
+
+    def nearest(names):
+        seen = np.array([colors.to_rgb(name) for name in names]) ** 2.2 @ deuteranopia.T
+        return np.linalg.norm(seen[:, None] - seen[None], axis=2)[np.triu_indices(len(seen), 1)].min()
+    default = [f"C{i}" for i in range(8)]
+    with matplotlib.rc_context():
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.rcParamsDefault["axes.prop_cycle"]
+        assert nearest(asnn.COLOURS.values()) > 2 * nearest(default)
+
+
+def test_logarithmic_ticks_are_numbers():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    figure, axes = pyplot.subplots()
+    axes.plot([1, 2, 4], [150, 400, 3000])
+    axes.set(xscale="log", yscale="log")
+    before = {label.get_text() for label in axes.get_yticklabels()}
+    asnn.plain_log(axes.yaxis)
+    asnn.plain_log(axes.xaxis, (1, 2, 4))
+    figure.canvas.draw()
+    assert {"200", "500", "1,000", "2,000"} <= {label.get_text() for label in axes.get_yticklabels()} != before
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert axes.get_xticklabels(minor=True) == axes.get_yticklabels(minor=True) == []
+    axes.set_ylim(0.01, 1000)  # so many powers of ten leave no room between them
+    asnn.plain_log(axes.yaxis)
+    figure.canvas.draw()
+    wide = {label.get_text() for label in axes.get_yticklabels()}
+    assert {"0.01", "1", "1,000"} <= wide and not {"0.02", "2", "5"} & wide
+    pyplot.close(figure)

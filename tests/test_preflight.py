@@ -64,7 +64,8 @@ def test_a_t4_on_kaggle_needs_nothing(monkeypatch, gpu):
     assert advice == []
     assert "2 x Tesla T4" in table["GPU"] and "7.5" in table["GPU"] and table["GPU memory"].startswith("15.0 GiB")
     assert table["precision"].startswith("fp16 ") and "below 8.0" in table["precision"]
-    assert "GB" in table["disk, free"] and f"torch {torch.__version__}" in table["versions"] and "Kaggle" in table["versions"]
+    assert "GB" in table["disk, free"]
+    assert f"torch {torch.__version__}" in table["versions"] and "Kaggle" in table["versions"]
 
 
 def test_a_p100_says_what_to_choose(monkeypatch, gpu):
@@ -117,12 +118,11 @@ def test_the_estimate_of_the_long_run_fits_a_t4_and_grows_with_the_batch():
 
 
 @pytest.mark.parametrize("max_hours, platform, words", [
-    (None, "KAGGLE_KERNEL_RUN_TYPE", "12 h are allowed: set max_hours = 11"), (6.0, "KAGGLE_KERNEL_RUN_TYPE", "Add Input"),
-    (6.0, None, "6 h are allowed: it stops in time and saves; then run all again"), (None, None, None),
-    (30.0, None, None)])
+    (None, "kaggle", "12 h are allowed: set max_hours = 11"), (6.0, "kaggle", "Add Input"), (None, "local", None),
+    (6.0, "local", "6 h are allowed: it stops in time and saves; then run all again"), (30.0, "local", None)])
 def test_a_run_longer_than_the_session_is_told_how_to_go_on(monkeypatch, no_gpu, task, max_hours, platform, words):
     probed(monkeypatch, 20, 20 * 3600 * 20 / task.recipe.distill_steps)  # 20 hours altogether
-    monkeypatch.setattr(asnn, "where_am_i", lambda: "kaggle" if platform else "local")
+    monkeypatch.setattr(asnn, "where_am_i", lambda: platform)
     rows, advice = asnn.preflight(task, max_hours=max_hours)
     advice = [sentence for sentence in advice if "no GPU" not in sentence]
     assert named(rows)["training"].startswith("20.00 h")
