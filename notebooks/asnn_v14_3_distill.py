@@ -84,6 +84,7 @@ corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with train.txt, v
 teacher = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)
 steps = None  # optimiser steps of the distillation
 max_hours = None  # stop and save after so many hours; run again with the same name to go on
+tracker = None  # None, "tensorboard" or "trackio" (pip install it); log.jsonl is always written
 seed = 42
 run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritten
 
@@ -117,6 +118,7 @@ if steps is not None:
 device, device_reason = asnn.select_device()
 precision, precision_reason = asnn.select_precision(device)
 env = asnn.environment()
+asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker)  # says now what is wrong with them
 print(f"{reason}\ndevice {device}: {device_reason}\nprecision {precision_reason}")
 print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
       + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
@@ -148,6 +150,16 @@ display(pd.DataFrame({split: {"bytes": f"{task.sizes[split]['bytes']:,}", "words
 print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameters, vocabulary {len(master.tokenizer):,}")
 if teacher_training:
     print(f"trained for {teacher_training['trained_steps']} steps in {teacher_training['seconds']} s (measured when it was trained)")
+
+# %% [markdown]
+# ## Preflight
+# What this machine is and, by a probe of a few training steps, how long the run will take. Below the table stands what to click where something is not as it should be.
+
+# %%
+rows, advice = asnn.preflight(task, max_hours=max_hours)
+table = pd.DataFrame(rows)
+display(table.style.hide(axis="index") if "ipykernel" in sys.modules else table)
+print("\n".join(advice) or "Nothing to change: go on.")
 
 # %% [markdown]
 # The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.
@@ -244,7 +256,7 @@ print("relative error at position 25, w = 0.378: "
 # The teacher is frozen and, where there are two GPUs, lives on the second. The bar shows the loss, the student's perplexity on the training batch and on validation, and the time left.
 
 # %%
-student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=max_hours), run.folder, size.eval_windows)
+student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker), run.folder, size.eval_windows)
 print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")

@@ -82,6 +82,7 @@ steps = None  # optimiser steps of the distillation
 tax_seeds = 3  # seeds over which the ternary tax is measured; 0: not at all
 tax_steps = None  # optimiser steps of each of those runs; None: all in profile ref, a tenth elsewhere
 max_hours = None  # stop and save after so many hours; run again with the same name to go on
+tracker = None  # None, "tensorboard" or "trackio" (pip install it); log.jsonl is always written
 seed = 42
 run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritten
 
@@ -117,6 +118,7 @@ chosen = size.scale(asked, seed=seed, **({} if steps is None else {"distill_step
 device, device_reason = asnn.select_device()
 precision, precision_reason = asnn.select_precision(device)
 env = asnn.environment()
+asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker)  # says now what is wrong with them
 print(f"{reason}\ndevice {device}: {device_reason}\nprecision {precision_reason}")
 print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
       + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
@@ -149,6 +151,15 @@ show_table([{"split": split, "bytes": f"{task.sizes[split]['bytes']:,}", "words"
              "tokens": f"{len(tokens[split]):,}", "bytes per token": f"{task.sizes[split]['bytes'] / len(tokens[split]):.2f}"}
             for split in asnn.SPLITS])
 print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameters, vocabulary {len(master.tokenizer):,}")
+
+# %% [markdown]
+# ## Preflight
+# What this machine is and, by a probe of a few training steps, how long the run will take. Below the table stands what to click where something is not as it should be.
+
+# %%
+rows, advice = asnn.preflight(task, max_hours=max_hours)
+show_table(rows)
+print("\n".join(advice) or "Nothing to change: go on.")
 
 # %% [markdown]
 # The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.
@@ -307,7 +318,7 @@ def hours_left():
     return None if max_hours is None else max(0.001, max_hours - (time.perf_counter() - begin) / 3600)
 
 
-student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=hours_left()), run.folder, size.eval_windows)
+student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=hours_left(), tracker=tracker), run.folder, size.eval_windows)
 print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")
@@ -452,13 +463,7 @@ def plan(recipe, teacher_parameters=124_439_808, memory=16, speed=10_000):
     with torch.device("meta"):
         model = asnn.GooseForCausalLM(recipe.student_config(50257))
     count, step_tokens = asnn.count_parameters(model), recipe.batch_size * recipe.grad_accum * recipe.seq_len
-    # Kept for backward, per token and layer: about 46 D values in half precision (projections, norms, feed-forward of width 4D)
-    # and 20 D in fp32 for the recurrence; three steps of the full size on a CPU kept 173 bytes per token, layer and channel.
-    activations = recipe.batch_size * recipe.seq_len * recipe.n_layer * recipe.d_model * (46 * 2 + 20 * 4)
-    parts = {"teacher weights, fp32": 4 * teacher_parameters, "student weights, gradients, at most two moments, fp32": 16 * count,
-             "half-precision copies under autocast": 2 * (count + 50257 * recipe.d_model), "activations kept for backward": activations,
-             "gradient of the head, fp32": 4 * 50257 * recipe.d_model,
-             "logit chunks of the loss": asnn.LOGIT_BUDGET["cuda"], "CUDA context and workspaces, allowance": 2**30}
+    parts = asnn.training_memory(recipe, 50257, teacher_parameters)
     show_table([{"memory": name, "GiB": f"{value / 2**30:.2f}"} for name, value in parts.items()])
     total, flops = recipe.distill_steps * step_tokens, 2 * teacher_parameters + 6 * count
     print(f"{flops / 1e9:.2f} GFLOP per token (2 x teacher + 6 x student parameters): {speed:,} tokens/s, assumed, are {speed * flops / 1e12:.1f} TFLOP/s, "

@@ -110,17 +110,17 @@ for what, value, least in (("tokens", tokens, 2048), ("remedy_steps", remedy_ste
 asnn.require(remedy in (None, True, False), "remedy", remedy, "None, True, False")
 asnn.select_profile(profile)
 asnn.import_optional("scipy.stats")  # said now and not after the recording
-device, device_reason = asnn.select_device()
-env = asnn.environment()
-print(f"device {device}: {device_reason}")
-print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
-      + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
+device, _ = asnn.select_device()
 
 
 def show_table(rows):
     frame = pd.DataFrame(rows)
     display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
 
+
+rows, advice = asnn.preflight()
+show_table(rows)
+print("\n".join(advice) or "Nothing to change: go on.")
 
 # %% [markdown]
 # The student. Where no distillation notebook has left one, a short run makes one now, so that the page works; what it says is then about that run.
