@@ -5054,9 +5054,10 @@ class Run:
         raise ValueError(f"run name {name} has been used 9,999 times; choose another.")
 
     def show(self, figure: Any, name: str) -> None:
-        """Saves a matplotlib figure as figures/<name>.png, shows it where a notebook is looking, and closes it."""
-        if self.main:
-            figure.savefig(self.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
+        """Saves a matplotlib figure as figures/<name>.png and .svg, shows it where a notebook is looking, and closes
+        it."""
+        for kind, more in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})) if self.main else ():
+            figure.savefig(self.folder / "figures" / f"{name}.{kind}", bbox_inches="tight", **more)
         if "ipykernel" in sys.modules:
             import_optional("IPython.display").display(figure)
         import_optional("matplotlib.pyplot").close(figure)

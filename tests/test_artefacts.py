@@ -82,6 +82,7 @@ def test_a_figure_is_saved_in_the_run_and_closed(tmp_path):
     run, figure = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path), pyplot.figure()
     run.show(figure, "curve")
     assert (run.folder / "figures" / "curve.png").read_bytes()[1:4] == b"PNG"
+    assert "<svg" in (run.folder / "figures" / "curve.svg").read_text()
     assert not pyplot.fignum_exists(figure.number)
 
 
