@@ -6,7 +6,7 @@ VENV_PYTHON := .venv/bin/python
 export GOMP_SPINCOUNT ?= 20000
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test notebooks check readme bench clean
+.PHONY: help env run test notebooks check kaggle readme bench clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -30,6 +30,9 @@ notebooks: env  ## build the .ipynb files with their outputs (some of them: make
 
 check: env  ## say what is wrong with the .ipynb files
 	@$(VENV_PYTHON) .ci/notebooks.py check
+
+kaggle: env  ## run the series on a simulated Kaggle (some of it: make kaggle NAMES="v14_4 v15")
+	@$(VENV_PYTHON) .ci/kaggle.py run $(NAMES)
 
 readme: env  ## update the README's tables
 	@$(VENV_PYTHON) .ci/readme.py

@@ -10,7 +10,7 @@ Contents
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
     7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_modules, spike_hooks,
                        spike_density, matrix_products, match_teacher, transfer_weights, calibrate_encoders, build_student,
-                       train_teacher, distillation_sampler, load_task, distil
+                       train_teacher, distillation_sampler, load_task, distil, training_memory, preflight
     8  SpikingBrain    wilson_interval, bootstrap_interval, SpikeCapture, record_spikes, SpikeHealthChecker,
                        MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
                        intervene, Remediation, remediate
@@ -18,7 +18,7 @@ Contents
                        sparsify
     10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, operations, energy_estimate, Bench, bench
     11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
-                       sample_texts, run_metrics, run_checks, results_table, model_card
+                       sample_texts, run_metrics, run_checks, results_table, model_card, figure_style, plain_log
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -100,6 +100,7 @@ STATES = ("vector", "matrix", "delta")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+TRACKERS = ("tensorboard", "trackio")
 SITES = ("k", "v", "mix_in", "mix_out", "ffn_in", "ffn_hidden", "head_in")
 
 
@@ -2475,7 +2476,8 @@ class FitConfig:
     """The optimiser's side of a run. One step takes batch_size * grad_accum windows, over all processes together.
 
     `patience` is in steps; `max_hours` bounds one call of `fit`, which ends at 95 % of it, and not the run, which a later
-    call resumes.
+    call resumes. `tracker` shows the rows of log.jsonl, which is always written, in `tensorboard` (events in the run's
+    folder) or `trackio` too; raises ImportError where that is not installed.
     """
 
     steps: int
@@ -2500,8 +2502,13 @@ class FitConfig:
     nonfinite_limit: int = 10
     max_hours: float | None = None
     precision: str = "auto"
+    tracker: str | None = None
 
     def __post_init__(self):
+        require(self.tracker is None or self.tracker in TRACKERS, "FitConfig.tracker", self.tracker,
+                f"None, {', '.join(TRACKERS)}")
+        if self.tracker:
+            import_optional(self.tracker)  # said before anything is trained
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             require(getattr(self, name) in allowed, f"FitConfig.{name}", getattr(self, name), ", ".join(allowed))
         check_numbers(vars(self), {item.name: item.type for item in dataclasses.fields(self)}, "FitConfig", (
@@ -2696,9 +2703,9 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
 
     Args:
         evaluate_now: returns {"ppl": ..., ...} on validation data; called every `eval_every` steps and at the end.
-        folder: where checkpoint.pt and log.jsonl live. A checkpoint found there is resumed exactly: weights,
-            optimiser, schedule, scaler, random states and data position. Raises ValueError when it belongs to other
-            settings or data. Without a folder nothing is saved.
+        folder: where checkpoint.pt, log.jsonl and a tracker's files live. A checkpoint found there is resumed exactly:
+            weights, optimiser, schedule, scaler, random states and data position. Raises ValueError when it belongs to
+            other settings or data. Without a folder nothing is saved.
         max_steps: ends this call after so many steps, as max_hours does after so many hours.
     Raises:
         NonFiniteLoss: more than `nonfinite_limit` steps had a NaN or infinite term; each was skipped.
@@ -2711,7 +2718,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     # One process fits several models, each with its own precision; accelerate keeps the first one otherwise.
     accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision),
-                                         cpu=device.type == "cpu")
+                                         cpu=device.type == "cpu", project_dir=folder,
+                                         log_with=config.tracker if folder else None)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
     spread = accelerator.distributed_type.value  # sharded weights would be saved and evaluated in parts
@@ -2732,8 +2740,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     stopper, log, best = EarlyStopping(config.patience, config.min_delta), [], None
     step = nonfinite = scaler_skips = 0
     trained_seconds = peak = 0.0
-    identity = {**{k: v for k, v in dataclasses.asdict(config).items()
-                   if k not in ("max_hours", "save_every", "precision", "log_every")}, "data": sampler.fingerprint()}
+    identity = {**{k: v for k, v in dataclasses.asdict(config).items() if k not in (
+        "max_hours", "save_every", "precision", "log_every", "tracker")}, "data": sampler.fingerprint()}
     path = folder / "checkpoint.pt" if folder else None
     require_finite(objective, "the model to train")
     if hasattr(objective, "teacher"):
@@ -2770,6 +2778,16 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         trained_seconds, peak = saved["trained_seconds"], saved["peak"]
         stopped = saved["stopped"] if saved["stopped"] in ("completed", "early stopping") else ""
         del saved
+
+    if accelerator.log_with:  # a project of tensorboard is a folder in the run's
+        accelerator.init_trackers("tensorboard" if config.tracker == "tensorboard" else "asnn-goose", identity,
+                                  {"trackio": {"name": f"{folder.parent.name}/{folder.name}"}})
+
+    def record(row: dict[str, Any]) -> None:
+        log.append(row)
+        flat = {(f"{k}/{name}" if name else k): x for k, v in row.items() if k != "step"
+                for name, x in (v.items() if isinstance(v, dict) else [("", v)]) if x is not None}
+        accelerator.log(flat, step=row["step"])
 
     def save() -> None:
         states = [_random_state()]
@@ -2848,8 +2866,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                     every = accelerate.utils.gather_object([{**sums, "loss": loss_value}])
                     sums = {k: sum(row[k] for row in every) / world for k in every[0]}
                     loss_value = sums.pop("loss")
-                log.append({"step": step, "loss": loss_value, **sums, "lr": lr,
-                            "grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": round(speed)})
+                record({"step": step, "loss": loss_value, **sums, "lr": lr,
+                        "grad_norm": norm if math.isfinite(norm) else None, "tokens_per_second": round(speed)})
                 postfix = {"loss": f"{loss_value:.3f}", "tok/s": f"{speed:,.0f}"}
                 if "ce" in sums:
                     postfix["ppl"] = f"{math.exp(min(20.0, sums['ce'])):.1f}"
@@ -2864,7 +2882,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                     accelerate.utils.broadcast_object_list(measured)
                 objective.train()
                 row = {"step": step, **{f"val_{k}": v for k, v in measured[0].items()}}
-                log.append(row)
+                record(row)
                 improved, stop = stopper.update(step, row["val_ppl"])
                 if improved:
                     best = {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v
@@ -2889,6 +2907,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         raise
     finally:
         bar.close()
+        for tracker in accelerator.trackers:  # end_training would end the process group too
+            tracker.finish()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast ends with the training
     if best is not None:
         objective.load_state_dict(best)
@@ -3306,7 +3326,7 @@ def load_task(recipe: Recipe, profile: Profile) -> Task:
 
 
 def distil(task: Task, recipe: Recipe, config: FitConfig, folder: Path | None = None, eval_windows: int | None = 64,
-           description: str = "distillation") -> tuple[GooseForCausalLM, FitResult]:
+           description: str = "distillation", max_steps: int | None = None) -> tuple[GooseForCausalLM, FitResult]:
     """Builds the student of `recipe` (the task's, or one with other values) and trains it; see `fit`. Spike encoders
     are calibrated on the first training batch. Where there are two GPUs, the teacher takes the second."""
     sampler = distillation_sampler(recipe, task.tokens["train"], task.teacher.model)
@@ -3323,8 +3343,110 @@ def distil(task: Task, recipe: Recipe, config: FitConfig, folder: Path | None = 
                             precision=precision)
         return {"ppl": measured.ppl, "density": spike_density(student, peek)}
 
-    result = fit(objective, sampler, config, evaluate_now, folder, description)
+    result = fit(objective, sampler, config, evaluate_now, folder, description, max_steps)
     return student.to(device), result
+
+
+def training_memory(recipe: Recipe, vocab_size: int, teacher_parameters: int) -> dict[str, int]:
+    """{part: bytes} that a run in half precision takes of a GPU: an estimate, by arithmetic.
+
+    Kept for backward, per token and layer: about 46 D values in half precision (projections, norms, feed-forward of
+    width 4D) and 20 D in fp32 for the recurrence; three steps of the full size on a CPU kept 173 bytes per token, layer
+    and channel.
+    """
+    with torch.device("meta"):
+        count = count_parameters(GooseForCausalLM(recipe.student_config(vocab_size)))
+    head, tokens = vocab_size * recipe.d_model, recipe.batch_size * recipe.seq_len
+    return {"teacher weights, fp32": 4 * teacher_parameters,
+            "student weights, gradients, at most two moments, fp32": 16 * count,
+            "half-precision copies under autocast": 2 * (count + head),
+            "activations kept for backward": tokens * recipe.n_layer * recipe.d_model * (46 * 2 + 20 * 4),
+            "gradient of the head, fp32": 4 * head, "logit chunks of the loss": LOGIT_BUDGET["cuda"],
+            "CUDA context and workspaces, allowance": 2**30}
+
+
+def _probe(task: Task, precision: str, steps: int, seconds: float) -> FitResult:
+    """A few steps as the run will make them, every loss switched on; what went before them warms up."""
+    recipe = task.recipe.replace(align_steps=0, ce_start=0, anneal_steps=0, fdd_start=0, curriculum="none")
+    config = FitConfig.from_recipe(recipe, eval_every=10**9, patience=None, precision=precision, max_hours=seconds / 3600)
+    distil(task, recipe, config, description="probe, warming up", max_steps=1)
+    return distil(task, recipe, config, description="probe", max_steps=max(1, min(steps, recipe.distill_steps // 6)))[1]
+
+
+def preflight(task: Task | None = None, precision: str = "auto", max_hours: float | None = None, steps: int = 20,
+              seconds: float = 10.0) -> tuple[list[dict[str, str]], list[str]]:
+    """(rows, advice): a table {"what", "value", "why"} of hardware, precision, memory, disk and versions, with a `task`
+    also what its run needs and how long it takes by a probe of at most so many `steps` or `seconds` of training; and what
+    to do before going on, a sentence each, none where all is well. Raises ValueError for a precision that does not exist.
+    """
+    env, rows, advice, GB = environment(), [], [], 10**9
+    device, device_reason = select_device()
+    chosen, precision_reason = select_precision(device, precision)
+    place = {"kaggle": "Kaggle", "colab": "Colab", "local": "local"}[env["platform"]]
+    click = {"kaggle": "choose Settings > Accelerator > GPU T4 x2 and run all again",
+             "colab": "choose Runtime > Change runtime type > T4 GPU and run all again",
+             "local": "set profile = 'cpu' or run it on a Kaggle T4"}[env["platform"]]
+
+    def row(what: str, value: str, why: str = "") -> None:
+        rows.append({"what": what, "value": value, "why": why})
+
+    total = None
+    if device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        row("GPU", f"{torch.cuda.device_count()} x {name}", "compute capability {}.{}".format(*capability))
+        if chosen == "bf16" and capability < (8, 0):
+            advice.append("bf16 was asked for and a {} (compute capability {}.{}) emulates it slowly: set precision = "
+                          "'auto', which takes fp16 there.".format(name, *capability))
+    else:
+        row("GPU", "none", device_reason)
+        if torch.cuda.is_available():
+            advice.append(f"The GPU cannot be used, {device_reason}.")
+        elif env["platform"] != "local":
+            advice.append(f"This {place} session has no GPU: {click}; without one only small profiles make sense.")
+    row("CPU", f"{env['cpu']}, {env['threads']} threads")
+    row("precision", chosen, precision_reason)
+    outputs = outputs_folder()
+    free = shutil.disk_usage(next(path for path in (outputs, *outputs.parents) if path.is_dir())).free
+    row("disk, free", f"{free / GB:.1f} GB", "where outputs go")
+    if task is not None:
+        teacher = task.teacher.model
+        vocabulary = teacher.get_input_embeddings().weight.shape[0]
+        parts = training_memory(task.recipe, vocabulary, count_parameters(teacher))
+        needed, result = sum(parts.values()), None
+        writes = 2 * parts["student weights, gradients, at most two moments, fp32"]  # old checkpoint and new one
+        row("disk, needed", f"{writes / GB:.2f} GB", "two checkpoints, estimated")
+        if free < writes:
+            advice.append(f"The disk has {free / GB:.1f} GB free and the run needs {writes / GB:.1f} GB (estimated): "
+                          "delete outputs of earlier runs or let ASNN_OUTPUTS name a folder on another disk.")
+        try:
+            result = _probe(task, precision, steps, seconds)
+        except torch.cuda.OutOfMemoryError:
+            advice.append(f"The GPU's {total / 2**30:.0f} GiB do not hold this run (about {needed / 2**30:.1f} GiB, "
+                          f"estimated): {click}, or take a recipe of a smaller batch_size.")
+        if total is not None:
+            why = f"the run needs about {needed / 2**30:.1f} GiB (estimated)"
+            if result:
+                why += f"; the probe took {result.peak_memory_gb:.1f} GiB (measured)"
+            row("GPU memory", f"{total / 2**30:.1f} GiB", why)
+        else:
+            row("memory", f"{peak_memory_gb():.1f} GiB", "peak of this process (measured)")
+        if result:
+            speed = result.step / result.seconds
+            hours = task.recipe.distill_steps / speed / 3600
+            row("speed", f"{speed:.2f} steps/s, {result.tokens_per_second:,.0f} tokens/s",
+                f"probe of {result.step} steps (measured)")
+            row("training", f"{hours:.2f} h", f"{task.recipe.distill_steps:,} steps without evaluation (estimated)")
+            limit = max_hours or (12.0 if env["platform"] == "kaggle" else math.inf)
+            if hours > limit:
+                first = "" if max_hours else "set max_hours = 11, so that it saves before the session ends; "
+                again = "attach its output with Add Input and" if env["platform"] == "kaggle" else "then"
+                advice.append(f"Training takes about {hours:.1f} h and {limit:g} h are allowed: {first}it stops in time "
+                              f"and saves; {again} run all again to go on.")
+    elif total is not None:
+        row("GPU memory", f"{total / 2**30:.1f} GiB")
+    row("versions", f"Python {env['python']}, " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()), place)
+    return rows, advice
 
 
 # ======================================================================================================
@@ -5506,6 +5628,32 @@ def unlock_folder(folder: Path) -> None:
         lock.release()
 
 
+# Okabe and Ito's colours, which people with any colour vision tell apart; the order puts the strongest contrasts first.
+COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermillion": "#D55E00", "purple": "#CC79A7",
+           "sky": "#56B4E9", "black": "#000000", "yellow": "#F0E442"}
+FIGURE_STYLE = {
+    "axes.prop_cycle": f"cycler('color', {list(COLOURS.values())})", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "font.size": 10, "axes.titlesize": 11,
+    "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 8, "legend.framealpha": 0.85,
+    "lines.linewidth": 1.6, "lines.markersize": 5, "figure.dpi": 100, "svg.hashsalt": "asnn"}
+
+
+def figure_style() -> None:
+    """Sets the look of all figures that this process draws from here on: FIGURE_STYLE over matplotlib's own."""
+    matplotlib = import_optional("matplotlib")
+    matplotlib.rcParams.update({**{key: matplotlib.rcParamsDefault[key] for key in FIGURE_STYLE}, **FIGURE_STYLE})
+
+
+def plain_log(axis: Any, values: Iterable[float] | None = None) -> None:
+    """Gives a logarithmic matplotlib axis (`axes.xaxis` or `.yaxis`, drawn already) ticks written as numbers, 200 instead
+    of 2 x 10^2: at `values`, else at each power of ten, and at 2 and 5 times it where that does not crowd them."""
+    ticker, (low, high) = import_optional("matplotlib.ticker"), axis.get_view_interval()
+    subs = (1, 2, 5) if high < 1000 * low else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=subs) if values is None else ticker.FixedLocator(list(values)))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+
+
 class Run:
     """The folder outputs/<version>/<name>/ of one run: config.json, env.json, metrics.json, log.jsonl, figures/,
     student/.
@@ -5568,9 +5716,10 @@ class Run:
         raise ValueError(f"run name {name} has been used 9,999 times; choose another.")
 
     def show(self, figure: Any, name: str) -> None:
-        """Saves a matplotlib figure as figures/<name>.png, shows it where a notebook is looking, and closes it."""
-        if self.main:
-            figure.savefig(self.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
+        """Saves a matplotlib figure as figures/<name>.png and .svg, shows it where a notebook is looking, and closes
+        it."""
+        for kind, more in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})) if self.main else ():
+            figure.savefig(self.folder / "figures" / f"{name}.{kind}", bbox_inches="tight", **more)
         if "ipykernel" in sys.modules:
             import_optional("IPython.display").display(figure)
         import_optional("matplotlib.pyplot").close(figure)
@@ -5602,7 +5751,7 @@ def find_run(name: str | None = None, without: tuple[str, ...] = (), sites: tupl
              outputs: Path | None = None) -> Path | None:
     """The folder of a finished run that left a student: `name` is a folder or "<version>/<run>" below the outputs or an
     attached input; None takes the newest of a version that is not in `without` whose student has the spike sites
-    `sites`. None where there is none.
+    `sites`, and of equally old ones, as attached files may be, that of the highest version. None where there is none.
 
     Raises ValueError for a name that belongs to no finished run, listing those there are.
     """
@@ -5616,7 +5765,8 @@ def find_run(name: str | None = None, without: tuple[str, ...] = (), sites: tupl
     if name is None:
         found = [path for path in found if path.parent.name not in without and set(sites) <= set(
             json.loads((path / "student" / "config.json").read_text())["spike_sites"])]
-        return max(found, key=lambda path: (path / "metrics.json").stat().st_mtime, default=None)
+        number = lambda path: [int(part) for part in re.findall(r"\d+", path.parent.name)]  # noqa: E731
+        return max(found, key=lambda path: ((path / "metrics.json").stat().st_mtime, number(path)), default=None)
     known = {f"{path.parent.name}/{path.name}": path for path in reversed(found)}
     require(name in known, "student", name, ", ".join(sorted(known)) or "the folder of a finished run; there is none yet")
     return known[name]

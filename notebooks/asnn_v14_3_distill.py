@@ -84,6 +84,7 @@ corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with train.txt, v
 teacher = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)
 steps = None  # optimiser steps of the distillation
 max_hours = None  # stop and save after so many hours; run again with the same name to go on
+tracker = None  # None, "tensorboard" or "trackio" (pip install it); log.jsonl is always written
 seed = 42
 run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritten
 
@@ -108,6 +109,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # progress bar
 import asnn_common as asnn  # noqa: E402
 
 pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70)
+asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 size, reason = asnn.select_profile(profile)
 size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
@@ -117,6 +119,7 @@ if steps is not None:
 device, device_reason = asnn.select_device()
 precision, precision_reason = asnn.select_precision(device)
 env = asnn.environment()
+asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker)  # says now what is wrong with them
 print(f"{reason}\ndevice {device}: {device_reason}\nprecision {precision_reason}")
 print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
       + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
@@ -150,6 +153,16 @@ if teacher_training:
     print(f"trained for {teacher_training['trained_steps']} steps in {teacher_training['seconds']} s (measured when it was trained)")
 
 # %% [markdown]
+# ## Preflight
+# What this machine is and, by a probe of a few training steps, how long the run will take. Below the table stands what to click where something is not as it should be.
+
+# %%
+rows, advice = asnn.preflight(task, max_hours=max_hours)
+table = pd.DataFrame(rows)
+display(table.style.hide(axis="index") if "ipykernel" in sys.modules else table)
+print("\n".join(advice) or "Nothing to change: go on.")
+
+# %% [markdown]
 # The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.
 
 # %%
@@ -165,9 +178,9 @@ print(run.note)
 # %%
 def draw_architecture(recipe, vocab_size):
     figure, axes = plt.subplots(figsize=(10, 5.2))
-    axes.set(xlim=(0, 10), ylim=(0, 5.6))
+    axes.set(xlim=(-0.05, 10), ylim=(0.3, 5.1))
     axes.axis("off")
-    plain, spiking, memory = "#dbe7f3", "#f6b26b", "#cfe8cf"
+    plain, spiking, memory = "#d9e6f2", asnn.COLOURS["orange"], "#bfe3d7"
 
     def box(x, y, w, h, label, colour):
         axes.add_patch(plt.Rectangle((x, y), w, h, facecolor=colour, edgecolor="#444444", linewidth=1))
@@ -195,7 +208,8 @@ def draw_architecture(recipe, vocab_size):
     box(8.4, 1.7, 0.6, 0.7, "W_o", plain)
     arrow(8.1, 2.05, 8.4, 2.05)
     box(4.3, 0.4, 3.3, 0.7, f"LayerNorm, W_1, {recipe.activation}, W_2  (F={4 * recipe.d_model})", plain)
-    axes.plot([9.0, 9.4, 9.4, 7.6], [2.05, 2.05, 0.75, 0.75], color="#444444", linewidth=1)
+    axes.plot([9.0, 9.4, 9.4], [2.05, 2.05, 0.75], color="#444444", linewidth=1)
+    arrow(9.4, 0.75, 7.6, 0.75)
     axes.text(9.45, 1.4, "+ x", fontsize=10)
     arrow(1.1, 2.8, 1.35, 2.8)
     arrow(2.4, 2.8, 2.65, 2.8)
@@ -231,10 +245,10 @@ def recurrence_errors(length=256, width=64):
 errors = recurrence_errors()
 figure, axes = plt.subplots(figsize=(9, 3.6))
 for label, error in errors.items():
-    axes.semilogy(np.arange(1, len(error) + 1), np.maximum(error, 1e-9), label=label)
+    axes.semilogy(np.arange(1, len(error) + 1), np.maximum(error, 1e-9), "-" if "cumsum" in label else "--",
+                  color=asnn.COLOURS["vermillion" if "0.378" in label else "blue"], label=label)
 axes.set(xlabel="position (tokens)", ylabel="relative error (fp32)", title="Error of the recurrence against the exact loop in fp64")
 axes.legend(loc="center right")
-axes.grid(alpha=0.3)
 run.show(figure, "recurrence")
 print("relative error at position 25, w = 0.378: "
       f"cumsum {errors['cumsum formula, w = 0.378'][24]:.2f}, chunked {errors['chunked scan, w = 0.378'][24]:.1e}")
@@ -244,7 +258,7 @@ print("relative error at position 25, w = 0.378: "
 # The teacher is frozen and, where there are two GPUs, lives on the second. The bar shows the loss, the student's perplexity on the training batch and on validation, and the time left.
 
 # %%
-student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=max_hours), run.folder, size.eval_windows)
+student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker), run.folder, size.eval_windows)
 print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")
@@ -252,37 +266,45 @@ if not result.finished:
     print("The run is not finished: run all cells again with the same parameters to go on.")
 
 # %% [markdown]
-# What happened, from the log. Published values are not drawn here: they belong to another corpus and teacher.
+# What happened, from the log. Dashed: what was published for v14.3, GPT-2 on WikiText-2; its perplexity is drawn only for that corpus and teacher.
 
 # %%
 def plot_curves(log, recipe):
     frame = pd.DataFrame([row for row in log if "loss" in row])
     checks = [row for row in log if "val_ppl" in row]
-    figure, axes = plt.subplots(2, 3, figsize=(14, 6.5))
+    dashed = {"color": "#444444", "linestyle": "--", "linewidth": 1, "label": "published"}
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.5))
     axes[0, 0].plot(frame["step"], frame["kd"], label="KL, times tau²")
-    axes[0, 0].plot(frame["step"], frame["ce"], label="cross-entropy", alpha=0.7)
-    axes[0, 0].set(title="loss on training batches", ylabel="nats per token")
+    axes[0, 0].plot(frame["step"], frame["ce"], label="cross-entropy")
+    axes[0, 0].set(title="loss on training batches", ylabel="nats per token", ylim=(0, None))
     axes[0, 0].legend()
     axes[0, 1].plot([row["step"] for row in checks], [row["val_ppl"] for row in checks], "o-")
     axes[0, 1].set(title=f"validation perplexity, first {size.eval_windows} windows", ylabel="PPL")
+    if (text.name, asnn.count_parameters(master.model)) == ("wikitext-2", 124_439_808):
+        axes[0, 1].axhline(306.89, **dashed)
+        axes[0, 1].legend()
     if checks and checks[0]["val_ppl"] > 3 * min(row["val_ppl"] for row in checks):
         axes[0, 1].set_yscale("log")
+        asnn.plain_log(axes[0, 1].yaxis)
     axes[0, 2].plot(frame["step"], frame["tau"], label="tau")
     axes[0, 2].plot(frame["step"], frame["lambda"], label="lambda")
-    axes[0, 2].set(title="temperature and gradient reversal")
+    axes[0, 2].axhline(1.61, **{**dashed, "label": "published, tau at the end: 1.61"})
+    axes[0, 2].set(title="temperature and gradient reversal", ylabel="value (no unit)", ylim=(0, None))
     axes[0, 2].legend()
     if "fdd" in frame:
         axes[1, 0].plot(frame["step"], frame["fdd"])
     axes[1, 0].set(title=f"feature dynamics loss ({recipe.fdd})", ylabel="1 - CKA")
-    for name in checks[0]["val_density"] if checks else ():
-        axes[1, 1].plot([row["step"] for row in checks], [row["val_density"][name] for row in checks], "o-", label=name)
+    for name in checks[0]["val_density"] if checks else ():  # a colour for a layer, a line style for a site
+        axes[1, 1].plot([row["step"] for row in checks], [row["val_density"][name] for row in checks],
+                        "o-" if name.endswith("k") else "s:", color=f"C{name.split('.')[0]}", label=name)
+    axes[1, 1].axhline(0.382, **{**dashed, "label": "published: 0.382"})
     axes[1, 1].set(title="spike density by layer and site", ylim=(0, 1), ylabel="share of non-zero spikes")
     axes[1, 1].legend(fontsize=8, ncol=2)
     axes[1, 2].plot(frame["step"], frame["lr"])
-    axes[1, 2].set(title="learning rate")
+    axes[1, 2].set(title="learning rate", ylabel="learning rate, per step")
+    axes[1, 2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axis in axes.flat:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
+        axis.set(xlabel="step", xlim=(0, 1.03 * frame["step"].max()))
     figure.tight_layout()
     return figure
 
@@ -351,11 +373,17 @@ display(frame.style.hide(axis="index").format({"PPL": "{:.2f}", "gap": "{:.2f}"}
 # %%
 figure, axes = plt.subplots(figsize=(10, 3.4))
 drawn = [row for row in history if row["gap"]]
-colours = ["#9db8d2" if row["source"] == "published" else "#f6b26b" for row in drawn]
-axes.bar([row["version"] for row in drawn], [row["gap"] for row in drawn], color=colours)
-axes.set(yscale="log", ylabel="gap (student PPL / teacher PPL)", title="Blue: published on WikiText-2. Orange: measured in this run, "
-         f"on {text.name}")
-axes.tick_params(axis="x", rotation=45)
+for place, (label, colour) in enumerate((("published, on WikiText-2", "sky"), (f"measured in this run, on {text.name}", "orange"))):
+    shown = [i for i, row in enumerate(drawn) if (row["source"] != "published") == place]
+    bars = axes.bar(shown, [drawn[i]["gap"] for i in shown], color=asnn.COLOURS[colour], label=label)
+    axes.bar_label(bars, [f"{drawn[i]['gap']:.1f}" for i in shown], fontsize=8, padding=2)
+for gap, label in ((306.89 / 44.6, "published v14.3"), (4.5, "research target")):
+    axes.axhline(gap, color="#444444", linestyle="--" if "published" in label else ":", linewidth=1, label=f"{label}: {gap:.1f}")
+axes.set(yscale="log", ylim=(0.5, 100), ylabel="gap (student PPL / teacher PPL)", title="The versions so far")
+axes.set_xticks(range(len(drawn)), [row["version"] for row in drawn], rotation=45, ha="right", rotation_mode="anchor")
+axes.grid(axis="x", visible=False)
+asnn.plain_log(axes.yaxis)
+axes.legend(ncol=2, loc="upper right")
 run.show(figure, "history")
 
 # %% [markdown]
@@ -404,7 +432,7 @@ if result.finished:
 
 # %% tags=["nbval-check-output"]
 for name in (".", "figures", "student"):
-    print(f"{name}:", sorted(path.name for path in (run.folder / name).glob("*")) or "not yet: the run is not finished")
+    print(f"{name}:", sorted(path.name for path in (run.folder / name).glob("*") if path.suffix != ".svg") or "not yet: the run is not finished")
 
 # %% [markdown]
 # ## Summary

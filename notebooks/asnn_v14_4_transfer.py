@@ -82,6 +82,7 @@ steps = None  # optimiser steps of the distillation
 tax_seeds = 3  # seeds over which the ternary tax is measured; 0: not at all
 tax_steps = None  # optimiser steps of each of those runs; None: all in profile ref, a tenth elsewhere
 max_hours = None  # stop and save after so many hours; run again with the same name to go on
+tracker = None  # None, "tensorboard" or "trackio" (pip install it); log.jsonl is always written
 seed = 42
 run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritten
 
@@ -107,6 +108,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # progress bar
 import asnn_common as asnn  # noqa: E402
 
 pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
+asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 size, reason = asnn.select_profile(profile)
 asked = asnn.get_recipe(recipe)
@@ -117,6 +119,7 @@ chosen = size.scale(asked, seed=seed, **({} if steps is None else {"distill_step
 device, device_reason = asnn.select_device()
 precision, precision_reason = asnn.select_precision(device)
 env = asnn.environment()
+asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker)  # says now what is wrong with them
 print(f"{reason}\ndevice {device}: {device_reason}\nprecision {precision_reason}")
 print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
       + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
@@ -151,6 +154,15 @@ show_table([{"split": split, "bytes": f"{task.sizes[split]['bytes']:,}", "words"
 print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameters, vocabulary {len(master.tokenizer):,}")
 
 # %% [markdown]
+# ## Preflight
+# What this machine is and, by a probe of a few training steps, how long the run will take. Below the table stands what to click where something is not as it should be.
+
+# %%
+rows, advice = asnn.preflight(task, max_hours=max_hours)
+show_table(rows)
+print("\n".join(advice) or "Nothing to change: go on.")
+
+# %% [markdown]
 # The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.
 
 # %%
@@ -168,9 +180,9 @@ print(run.note)
 # %%
 def draw_architecture(recipe):
     figure, axes = plt.subplots(figsize=(11, 5.4))
-    axes.set(xlim=(0, 11), ylim=(0, 5.6))
+    axes.set(xlim=(-0.05, 11), ylim=(-0.25, 5.7))
     axes.axis("off")
-    plain, spiking, memory = "#dbe7f3", "#f6b26b", "#cfe8cf"
+    plain, spiking, memory = "#d9e6f2", asnn.COLOURS["orange"], "#bfe3d7"
 
     def box(x, y, w, h, label, colour):
         axes.add_patch(plt.Rectangle((x, y), w, h, facecolor=colour, edgecolor="#444444", linewidth=1))
@@ -179,44 +191,49 @@ def draw_architecture(recipe):
     def arrow(x0, y0, x1, y1):
         axes.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "#444444"})
 
-    def site(x, y, name):
+    def site(x, y, name, above=False):
         on = name in recipe.spike_sites
         axes.add_patch(plt.Rectangle((x, y), 0.22, 0.5, facecolor=spiking if on else "white", edgecolor="#b45f06", hatch=None if on else "////"))
-        axes.text(x + 0.11, y - 0.22, name, ha="center", fontsize=7, color="#b45f06")
+        axes.text(x + 0.11, y + 0.58 if above else y - 0.22, name, ha="center", fontsize=8, color="#8a4500")
 
     box(0.0, 2.3, 1.1, 1.0, "x\nLayerNorm", plain)
     box(1.4, 2.3, 1.3, 1.0, "token shift\nx, previous x", plain)
     names = ("k", "v", "r", "gate") if recipe.state_kind != "vector" else ("k", "v", "r")
     for y, name in zip((4.6, 3.5, 2.0, 1.1), names):
-        site(3.2, y + 0.1, "mix_in")
-        box(3.6, y, 0.8, 0.7, f"W_{name}", plain)
+        site(3.2, y + 0.1, "mix_in", above=y > 3)  # on the side where no arrow comes from
+        box(3.6, y, 0.85, 0.7, f"W_{name}", plain)
+        arrow(3.42, y + 0.35, 3.6, y + 0.35)
         arrow(2.7, 2.8, 3.2, y + 0.35)
     for y, name in ((4.6, "k"), (3.5, "v")):
         box(4.7, y, 1.1, 0.7, f"spike {name}\n{{-1, 0, +1}}", spiking)
-        arrow(4.4, y + 0.35, 4.7, y + 0.35)
+        arrow(4.45, y + 0.35, 4.7, y + 0.35)
         arrow(5.8, y + 0.35, 6.3, 4.3)
     label = {"vector": "S = w S + k v", "matrix": "S = diag(w) S + k v$^T$",
              "delta": "S = diag(w) S\n+ beta k (v - k S)$^T$"}[recipe.state_kind]
     box(6.3, 3.8, 1.9, 1.0, label, memory)
     box(6.7, 2.0, 1.1, 0.7, "read r S" + ("" if recipe.state_kind == "vector" else "\ngroup norm"), plain)
     arrow(7.25, 3.8, 7.25, 2.7)
-    arrow(4.4, 2.35, 6.7, 2.35)
+    arrow(4.45, 2.35, 6.7, 2.35)
     if recipe.state_kind != "vector":
         box(6.9, 1.05, 0.7, 0.6, "* gate", plain)
         arrow(7.25, 2.0, 7.25, 1.65)
-        arrow(4.4, 1.4, 6.9, 1.35)
+        arrow(4.45, 1.4, 6.9, 1.4)
     site(8.1, 1.6, "mix_out")
-    box(8.5, 1.5, 0.7, 0.7, "W_o", plain)
+    box(8.6, 1.5, 0.7, 0.7, "W_o", plain)
+    arrow(8.32, 1.85, 8.6, 1.85)
     arrow(7.8, 2.35, 8.1, 1.95) if recipe.state_kind == "vector" else arrow(7.6, 1.4, 8.1, 1.75)
-    site(8.2, 0.15, "ffn_in")
+    site(8.3, 0.15, "ffn_in")
     box(7.4, 0.05, 0.6, 0.7, "W_1", plain)
-    box(6.2, 0.05, 1.0, 0.7, recipe.activation.split("_")[0], plain)
-    site(5.8, 0.15, "ffn_hidden")
-    box(4.9, 0.05, 0.6, 0.7, "W_2", plain)
-    axes.plot([9.2, 9.6, 9.6, 8.45], [1.85, 1.85, 0.4, 0.4], color="#444444", linewidth=1)
-    axes.text(9.65, 1.1, "+ x, LayerNorm", fontsize=9)
-    box(2.6, 0.05, 1.9, 0.7, f"+ x, next layer\n(L={recipe.n_layer}), tied head", plain)
-    arrow(4.9, 0.4, 4.5, 0.4)
+    box(6.2, 0.05, 0.9, 0.7, recipe.activation.split("_")[0], plain)
+    site(5.65, 0.15, "ffn_hidden")
+    box(4.75, 0.05, 0.6, 0.7, "W_2", plain)
+    for x0, x1 in ((8.3, 8.0), (7.4, 7.1), (6.2, 5.87), (5.65, 5.35)):
+        arrow(x0, 0.4, x1, 0.4)
+    axes.plot([9.3, 9.7, 9.7], [1.85, 1.85, 0.4], color="#444444", linewidth=1)
+    arrow(9.7, 0.4, 8.52, 0.4)
+    axes.text(9.75, 1.1, "+ x,\nLayerNorm", fontsize=9)
+    box(2.5, 0.05, 1.9, 0.7, f"+ x, next layer\n(L={recipe.n_layer}), tied head", plain)
+    arrow(4.75, 0.4, 4.4, 0.4)
     arrow(1.1, 2.8, 1.4, 2.8)
     axes.set_title(f"ASNN-Goose {recipe.name}: one of {recipe.n_layer} layers, D={recipe.d_model}")
     return figure
@@ -247,10 +264,10 @@ counts = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128]
 recalled = {"every pair has its own key": [recall(count) for count in counts], "16 keys that come again": [recall(count, 16) for count in counts]}
 figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True)
 for axis, (title, rows) in zip(axes, recalled.items()):
-    for name in rows[0]:
-        axis.plot(counts, [row[name] for row in rows], "o-", label=name)
+    for name, style in zip(rows[0], ("o-", "s-", "^-")):
+        axis.plot(counts, [row[name] for row in rows], style, label=name)
     axis.set(xlabel="pairs written", xscale="log", ylim=(0, 1.05), title=title)
-    axis.grid(alpha=0.3)
+    asnn.plain_log(axis.xaxis, (1, 2, 4, 8, 16, 32, 64, 128))
 axes[0].set_ylabel("cosine of what is read\nand the newest value")
 axes[0].legend()
 run.show(figure, "recall")
@@ -307,7 +324,7 @@ def hours_left():
     return None if max_hours is None else max(0.001, max_hours - (time.perf_counter() - begin) / 3600)
 
 
-student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=hours_left()), run.folder, size.eval_windows)
+student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=hours_left(), tracker=tracker), run.folder, size.eval_windows)
 print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")
@@ -320,26 +337,35 @@ if not result.finished:
 # %%
 def plot_curves(log, recipe):
     checks = [row for row in log if "val_ppl" in row]
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.6))
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6.5))
+    axes = axes.flat
     for name, label in (("align", "alignment (share of variance)"), ("kd", "KL"), ("ce", "cross-entropy")):
         rows = [row for row in log if name in row]
         if rows:
             axes[0].plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
-    axes[0].set(title="loss on training batches", ylabel="nats per token", ylim=(0, None))
-    axes[0].legend()
+    axes[0].set(title="loss on training batches", ylabel="nats per token, or share", yscale="log")
+    asnn.plain_log(axes[0].yaxis)
+    axes[0].legend(loc="upper right")
     axes[1].plot([row["step"] for row in checks], [row["val_ppl"] for row in checks], "o-")
     axes[1].set(title=f"validation perplexity, first {size.eval_windows} windows", ylabel="PPL", yscale="log")
-    for name in checks[0]["val_density"] if checks else ():
-        axes[2].plot([row["step"] for row in checks], [row["val_density"][name] for row in checks], label=name)
-    axes[2].set(title="spike density by layer and site", ylim=(0, 1), ylabel="share of non-zero spikes")
-    if checks and len(checks[0]["val_density"]) <= 12:
-        axes[2].legend(fontsize=7, ncol=2)
+    asnn.plain_log(axes[1].yaxis)
+    names = list(checks[0]["val_density"]) if checks else []
+    layers, kinds = (list(dict.fromkeys(name.split(".", 1)[part] for name in names)) for part in (0, -1))
+    markers = dict(zip(kinds, "osv^<>Dph*"))
+    for name in names:  # a colour for a layer, a marker for a site
+        axes[2].plot([row["step"] for row in checks], [row["val_density"][name] for row in checks], markers[name.split(".", 1)[-1]] + "-",
+                     color=f"C{layers.index(name.split('.')[0])}", markersize=4, linewidth=1)
+    keys = [plt.Line2D([], [], color=f"C{i}", label=f"layer {layer}") for i, layer in enumerate(layers)]
+    keys += [plt.Line2D([], [], color="#444444", marker=marker, linestyle="none", markersize=4, label=kind) for kind, marker in markers.items()]
+    keys.append(axes[2].axhline(0.382, color="#444444", linestyle="--", linewidth=1, label="published v14.3: 0.382"))
+    axes[2].set(title="spike density by layer and site", ylim=(0, 1.2), ylabel="share of non-zero spikes", yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes[2].legend(handles=keys, fontsize=7, ncol=4, loc="upper right")
     frame = pd.DataFrame([row for row in log if "lr" in row])
     axes[3].plot(frame["step"], frame["lr"])
-    axes[3].set(title="learning rate, AdamW", ylabel="lr")
+    axes[3].set(title="learning rate of AdamW", ylabel="learning rate, per step")
+    axes[3].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axis in axes:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
+        axis.set(xlabel="step", xlim=(0, 1.03 * frame["step"].max()))
         for _, start, _ in stages[1:]:
             axis.axvline(start, color="#888888", linestyle=":", linewidth=1)
     figure.tight_layout()
@@ -425,9 +451,12 @@ weights = [row for row in products if row["layers"] and row["site"]]
 fed = sum(row["macs"] for row in weights if row["fed"]) / sum(row["macs"] for row in weights)
 print(f"{100 * fed:.0f} % of the layers' products with weights are fed by spikes")
 figure, axes = plt.subplots(figsize=(10, 3.2))
-axes.bar(range(len(density)), list(density.values()), color="#f6b26b")
+axes.bar(range(len(density)), list(density.values()), color=asnn.COLOURS["orange"])
+axes.axhline(0.382, color="#444444", linestyle="--", linewidth=1, label="published v14.3: 0.382")
 axes.set(title="Spike density by layer and site, 4 validation windows", ylabel="share of non-zero spikes", ylim=(0, 1))
-axes.set_xticks(range(len(density)), list(density), rotation=90, fontsize=7)
+axes.set_xticks(range(len(density)), list(density), rotation=90 if len(density) > 12 else 0)
+axes.grid(axis="x", visible=False)
+axes.legend()
 run.show(figure, "density")
 
 # %% [markdown]
@@ -452,13 +481,7 @@ def plan(recipe, teacher_parameters=124_439_808, memory=16, speed=10_000):
     with torch.device("meta"):
         model = asnn.GooseForCausalLM(recipe.student_config(50257))
     count, step_tokens = asnn.count_parameters(model), recipe.batch_size * recipe.grad_accum * recipe.seq_len
-    # Kept for backward, per token and layer: about 46 D values in half precision (projections, norms, feed-forward of width 4D)
-    # and 20 D in fp32 for the recurrence; three steps of the full size on a CPU kept 173 bytes per token, layer and channel.
-    activations = recipe.batch_size * recipe.seq_len * recipe.n_layer * recipe.d_model * (46 * 2 + 20 * 4)
-    parts = {"teacher weights, fp32": 4 * teacher_parameters, "student weights, gradients, at most two moments, fp32": 16 * count,
-             "half-precision copies under autocast": 2 * (count + 50257 * recipe.d_model), "activations kept for backward": activations,
-             "gradient of the head, fp32": 4 * 50257 * recipe.d_model,
-             "logit chunks of the loss": asnn.LOGIT_BUDGET["cuda"], "CUDA context and workspaces, allowance": 2**30}
+    parts = asnn.training_memory(recipe, 50257, teacher_parameters)
     show_table([{"memory": name, "GiB": f"{value / 2**30:.2f}"} for name, value in parts.items()])
     total, flops = recipe.distill_steps * step_tokens, 2 * teacher_parameters + 6 * count
     print(f"{flops / 1e9:.2f} GFLOP per token (2 x teacher + 6 x student parameters): {speed:,} tokens/s, assumed, are {speed * flops / 1e12:.1f} TFLOP/s, "
@@ -526,7 +549,7 @@ if result.finished:
 
 # %% tags=["nbval-check-output"]
 for name in (".", "figures", "student"):
-    print(f"{name}:", sorted(path.name for path in (run.folder / name).glob("*")) or "not yet: the run is not finished")
+    print(f"{name}:", sorted(path.name for path in (run.folder / name).glob("*") if path.suffix != ".svg") or "not yet: the run is not finished")
 
 # %% [markdown]
 # ## Summary

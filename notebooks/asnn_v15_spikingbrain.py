@@ -104,23 +104,24 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # progress bar
 import asnn_common as asnn  # noqa: E402
 
 pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
+asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value, least in (("tokens", tokens, 2048), ("remedy_steps", remedy_steps, 1), ("damage_windows", damage_windows, 2), ("seed", seed, 0)):
     asnn.require(value is None and what != "seed" or isinstance(value, int) and value >= least, what, value, f"None or a whole number from {least}")
 asnn.require(remedy in (None, True, False), "remedy", remedy, "None, True, False")
 asnn.select_profile(profile)
 asnn.import_optional("scipy.stats")  # said now and not after the recording
-device, device_reason = asnn.select_device()
-env = asnn.environment()
-print(f"device {device}: {device_reason}")
-print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
-      + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
+device, _ = asnn.select_device()
 
 
 def show_table(rows):
     frame = pd.DataFrame(rows)
     display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
 
+
+rows, advice = asnn.preflight()
+show_table(rows)
+print("\n".join(advice) or "Nothing to change: go on.")
 
 # %% [markdown]
 # The student. Where no distillation notebook has left one, a short run makes one now, so that the page works; what it says is then about that run.
@@ -228,19 +229,26 @@ def kinds_of(result):
 
 def plot_health(result):
     kinds = kinds_of(result)
-    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(3.6 * (len(kinds) + 1), 3.4), squeeze=False)
+    columns = min(4, len(kinds) + 1)
+    rows = -(-(len(kinds) + 1) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 3.2 * rows), squeeze=False)
+    axes = list(axes.flat)
+    for axis in axes[len(kinds) + 1:]:
+        axis.remove()
     low, high = asnn.GATE["firing rate"]
-    for axis, (kind, names) in zip(axes[0], kinds.items()):
+    for axis, (kind, names) in zip(axes, kinds.items()):
         axis.axvspan(low, high, color="#dddddd")
         for site in names:
             axis.hist(result.arrays[site]["rate"], bins=np.linspace(0, 1, 41), histtype="step", label=f"{site}: mean {result.sites[site]['firing rate']:.2f}")
-        axis.set(title=f"firing rate of channels, {kind}", xlabel="share of tokens with a spike", ylabel="channels", xlim=(0, 1))
-        axis.legend(fontsize=7)
+        axis.set(title=f"firing rate of channels, {kind}", xlabel="share of tokens with a spike", ylabel="channels", xlim=(0, 1),
+                 ylim=(0, (1.1 + 0.12 * len(names)) * axis.get_ylim()[1]))
+        axis.legend(fontsize=7, loc="upper right")
+    last = axes[len(kinds)]
     for site in result.sites:
-        axes[0][-1].plot(result.arrays[site]["by position"], linewidth=0.8, label=site)
-    axes[0][-1].set(title="firing rate by position", xlabel="position in the window", ylabel="mean rate", ylim=(0, 1))
-    if len(result.sites) <= 8:
-        axes[0][-1].legend(fontsize=7, ncol=2)
+        last.plot(result.arrays[site]["by position"], linewidth=0.8, label=site)
+    last.set(title="firing rate by position", xlabel="position in the window (tokens)", ylabel="mean rate", ylim=(0, 1))
+    if len(result.sites) <= 10:
+        last.legend(fontsize=7, ncol=2, loc="upper right")
     figure.tight_layout()
     return figure
 
@@ -255,17 +263,20 @@ run.show(plot_health(first), "health")
 def plot_information(result):
     sites = list(result.sites)
     figure, axis = plt.subplots(figsize=(max(8, 0.55 * len(sites)), 3.6))
-    for shift, key, colour, label in ((-0.18, "mutual information", "#1f77b4", "channels"), (0.18, "null", "#999999", "null: shifted spikes")):
+    for shift, key, colour, label in ((-0.18, "mutual information", asnn.COLOURS["sky"], "channels"), (0.18, "null", "#999999", "null: shifted spikes")):
         boxes = axis.boxplot([result.arrays[site][key] for site in sites], positions=np.arange(len(sites)) + shift, widths=0.3, patch_artist=True,
-                             flierprops={"marker": ".", "markersize": 2, "markeredgecolor": colour}, manage_ticks=False)
+                             flierprops={"marker": ".", "markersize": 2, "markeredgecolor": colour}, medianprops={"color": "black"}, manage_ticks=False)
         for patch in boxes["boxes"]:
             patch.set(facecolor=colour, alpha=0.6, label=label)
             label = None
-    axis.plot(range(len(sites)), [result.sites[site]["entropy"] for site in sites], "k_", markersize=14, label="mean entropy H(S)")
-    axis.axhline(asnn.GATE["mutual information"], color="#d62728", linestyle="--", linewidth=1)
-    axis.set(title="I(spike; teacher state), held-out probe bound", ylabel="bits per channel", ylim=(-0.1, 1.1 * max(row["entropy"] for row in result.sites.values()) + 0.5))
+    axis.plot(range(len(sites)), [result.sites[site]["entropy"] for site in sites], "_", color=asnn.COLOURS["purple"], markersize=20, markeredgewidth=2,
+              label="mean entropy H(S)")
+    axis.axhline(asnn.GATE["mutual information"], color=asnn.COLOURS["vermillion"], linestyle="--", linewidth=1.2, label=f"gate: {asnn.GATE['mutual information']} bit")
+    axis.set(title="I(spike; teacher state), held-out probe bound", xlabel="layer and site", ylabel="bits per channel",
+             ylim=(None, 1.1 * max(row["entropy"] for row in result.sites.values()) + 0.3))
     axis.set_xticks(range(len(sites)), sites, rotation=90 if len(sites) > 8 else 0)
-    axis.legend(fontsize=8, ncol=3, loc="upper center")
+    axis.grid(axis="x", visible=False)
+    axis.legend(ncol=4, loc="upper center")
     figure.tight_layout()
     return figure
 
@@ -279,16 +290,19 @@ run.show(plot_information(first), "information")
 # %%
 def plot_cka(result):
     sites, layers = list(result.sites), result.meta["heat_layers"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(3.6, 0.3 * len(sites))), width_ratios=(1, 1.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, max(4.2, 0.32 * len(sites))), width_ratios=(1, 1.2))
+    left.grid(False)
     image = left.imshow(result.heat, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for i, site in enumerate(sites):
         for j in range(len(layers)):
-            left.text(j, i, f"{result.heat[i, j]:.2f}", ha="center", va="center", fontsize=7, color="white" if result.heat[i, j] < 0.6 else "black")
-        left.add_patch(plt.Rectangle((layers.index(result.meta["layer_of"][site]) - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#d62728", linewidth=2))
-    left.set(title="unbiased CKA", xlabel="teacher layer")
+            left.text(j, i, f"{result.heat[i, j]:.2f}", ha="center", va="center", fontsize=8, color="white" if result.heat[i, j] < 0.6 else "black")
+        for colour, width in (("black", 2.5), ("white", 1.0)):
+            corner = layers.index(result.meta["layer_of"][site]) - 0.45, i - 0.42
+            left.add_patch(plt.Rectangle(corner, 0.9, 0.84, fill=False, edgecolor=colour, linewidth=width))
+    left.set(title="unbiased CKA", xlabel="teacher layer", ylabel="layer and site of the student")
     left.set_yticks(range(len(sites)), sites)
     left.set_xticks(range(len(layers)), layers)
-    figure.colorbar(image, ax=left)
+    figure.colorbar(image, ax=left, label="CKA")
     place, rows = np.arange(len(sites)), [result.sites[site] for site in sites]
     values = np.array([row["CKA"] for row in rows])
     spread = np.abs(np.array([row["CKA interval"] for row in rows]).T - values)
@@ -296,11 +310,11 @@ def plot_cka(result):
     for key, marker, label in (("CKA control", "s", "untrained student"), ("CKA null", "|", "null, 95 % of it below"), ("CKA biased", "x", "biased"),
                                ("CKA biased shuffled", "1", "biased, tokens shuffled"), ("CKA biased noise", "+", "biased, two white noises")):
         right.plot([row[key] for row in rows], place, marker, linestyle="none", label=label)
-    right.axvline(asnn.GATE["CKA"], color="#d62728", linestyle="--", linewidth=1)
-    right.set(title="CKA with the mapped teacher layer", xlim=(-0.05, 1), yticks=place)
+    right.axvline(asnn.GATE["CKA"], color="#444444", linestyle="--", linewidth=1.2, label=f"gate: {asnn.GATE['CKA']}")
+    right.set(title="CKA with the mapped teacher layer", xlabel="CKA", xlim=(-0.05, 1), ylim=(-0.6, len(sites) - 0.4), yticks=place)
     right.set_yticklabels(sites)
     right.invert_yaxis()
-    right.legend(fontsize=7)
+    right.legend(ncol=3, loc="upper center", bbox_to_anchor=(0.5, -1 / figure.get_figheight() + 0.05))
     figure.tight_layout()
     return figure
 
@@ -319,10 +333,11 @@ def plot_raster(model, ids, site, channels=40):
     rate = (spikes != 0).float().mean(0)
     chosen = rate.argsort(descending=True)[torch.linspace(0, len(rate) - 1, min(channels, len(rate))).long()]
     figure, axis = plt.subplots(figsize=(13, 5))
-    for sign, colour in ((1, "#d95f02"), (-1, "#1f78b4")):
+    axis.grid(False)
+    for sign, colour in ((1, asnn.COLOURS["vermillion"]), (-1, asnn.COLOURS["blue"])):
         where = [torch.where(spikes[:, c] == sign)[0].numpy() for c in chosen]
         axis.eventplot(where, colors=colour, linelengths=0.85, linewidths=2)
-    axis.set(title=f"spikes of {site}, {len(chosen)} channels", ylabel="channel, busiest below", xlabel="token", xlim=(-0.5, len(spikes) - 0.5))
+    axis.set(title=f"spikes of {site}, {len(chosen)} channels", ylabel="channel, busiest below", xlabel="token", xlim=(-0.5, len(spikes) - 0.5), ylim=(-0.7, len(chosen) - 0.3))
     axis.set_xticks(range(len(spikes)), [repr(master.tokenizer.decode([int(i)]))[1:-1] for i in ids[0]], rotation=90, fontsize=7)
     return figure
 
@@ -358,17 +373,18 @@ print(f"PPL (times the intact one ± standard error over {len(few)} paired windo
 def plot_damage(rows):
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.6), sharey=True)
     for axis, kind, label in zip(axes, ("jitter", "delay", "flip"), ("moved by at most so many tokens", "delayed by at most so many tokens", "probability of a turned sign")):
-        for group in groups:
+        for group, marker in zip(groups, "os^Dv<>ph*"):
             found = [row for row in rows if row["intervention"] == kind and row["layer"] == "all" and f"all.{row['site']}" == group]
-            axis.errorbar([row["amount"] for row in found], [row["ppl"] for row in found], yerr=[row["standard error"] * rows[0]["ppl"] for row in found], marker="o", label=group)
+            axis.errorbar([row["amount"] for row in found], [row["ppl"] for row in found], yerr=[row["standard error"] * rows[0]["ppl"] for row in found], marker=marker, label=group)
         for row, style in ((rows[0], "-"), (rows[1], "--")):
             axis.axhline(row["ppl"], color="#666666", linestyle=style, linewidth=1, label=row["intervention"])
         axis.set(title=kind, xlabel=label, yscale="log")
         if kind != "flip":
             axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
+            asnn.plain_log(axis.xaxis, widths if kind == "jitter" else widths[:4])
+    asnn.plain_log(axes[0].yaxis)
     axes[0].set_ylabel("PPL, validation")
-    axes[0].legend(fontsize=7)
+    axes[2].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
 

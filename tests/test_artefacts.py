@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +82,7 @@ def test_a_figure_is_saved_in_the_run_and_closed(tmp_path):
     run, figure = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path), pyplot.figure()
     run.show(figure, "curve")
     assert (run.folder / "figures" / "curve.png").read_bytes()[1:4] == b"PNG"
+    assert "<svg" in (run.folder / "figures" / "curve.svg").read_text()
     assert not pyplot.fignum_exists(figure.number)
 
 
@@ -294,3 +296,56 @@ def test_an_attached_unfinished_run_is_resumed_from_a_copy(tmp_path, monkeypatch
     new = asnn.Run.open("v0", "night", config, tmp_path / "outputs")
     assert "resuming the attached" in new.note
     assert (new.folder / "checkpoint.pt").read_bytes() == b"weights"
+
+
+def test_of_equally_old_runs_the_highest_version_is_taken(tmp_path, distillation, teacher):
+    student = distillation()[0].student
+    for version in ("v9", "v15", "v14.4"):
+        run = asnn.Run.open(version, "run", SETTINGS, tmp_path)
+        run.finish(metrics(), student, teacher.tokenizer)
+        os.utime(run.folder / "metrics.json", (0, 0))  # as attached files may be
+    assert asnn.find_run(outputs=tmp_path) == tmp_path / "v15" / "run"
+    assert asnn.find_run(without=("v15",), outputs=tmp_path) == tmp_path / "v14.4" / "run"
+    os.utime(tmp_path / "v9" / "run" / "metrics.json", (1, 1))
+    assert asnn.find_run(outputs=tmp_path) == tmp_path / "v9" / "run"
+
+
+def test_the_style_is_one_and_its_colours_are_told_apart():
+    matplotlib, colors = pytest.importorskip("matplotlib"), pytest.importorskip("matplotlib.colors")
+    with matplotlib.rc_context():
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.rcParamsDefault["axes.prop_cycle"]
+        asnn.figure_style()
+        assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(asnn.COLOURS.values())
+        assert matplotlib.rcParams["axes.grid"] is True
+    # Seen without the green cones (Machado et al. 2009), on linear RGB.
+    deuteranopia = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                             [-0.011820, 0.042940, 0.968881]])
+
+    def nearest(names):
+        seen = np.array([colors.to_rgb(name) for name in names]) ** 2.2 @ deuteranopia.T
+        return np.linalg.norm(seen[:, None] - seen[None], axis=2)[np.triu_indices(len(seen), 1)].min()
+    default = [f"C{i}" for i in range(8)]
+    with matplotlib.rc_context():
+        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.rcParamsDefault["axes.prop_cycle"]
+        assert nearest(asnn.COLOURS.values()) > 2 * nearest(default)
+
+
+def test_logarithmic_ticks_are_numbers():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    figure, axes = pyplot.subplots()
+    axes.plot([1, 2, 4], [150, 400, 3000])
+    axes.set(xscale="log", yscale="log")
+    before = {label.get_text() for label in axes.get_yticklabels()}
+    asnn.plain_log(axes.yaxis)
+    asnn.plain_log(axes.xaxis, (1, 2, 4))
+    figure.canvas.draw()
+    assert {"200", "500", "1,000", "2,000"} <= {label.get_text() for label in axes.get_yticklabels()} != before
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert axes.get_xticklabels(minor=True) == axes.get_yticklabels(minor=True) == []
+    axes.set_ylim(0.01, 1000)  # so many powers of ten leave no room between them
+    asnn.plain_log(axes.yaxis)
+    figure.canvas.draw()
+    wide = {label.get_text() for label in axes.get_yticklabels()}
+    assert {"0.01", "1", "1,000"} <= wide and not {"0.02", "2", "5"} & wide
+    pyplot.close(figure)

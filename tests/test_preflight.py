@@ -1,0 +1,207 @@
+"""The table of hardware and time before a run, what it says to click, and trackers."""
+import dataclasses
+import importlib
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import asnn_common as asnn
+
+
+@pytest.fixture
+def task(small_recipe, teacher, tokens, corpus):
+    recipe, notes = asnn.match_teacher(small_recipe("v14.4"), teacher)
+    return asnn.Task(recipe, notes, corpus, {}, tokens, teacher, {})
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(name, capability, GiB): a machine with such a card, on which an operation runs or does not."""
+    def make(name="Tesla T4", capability=(7, 5), GiB=15, works=True):
+        device = torch.device("cuda", 0) if works else torch.device("cpu")
+        properties = SimpleNamespace(total_memory=GiB * 2**30)
+        for what, value in (("is_available", True), ("device_count", 2), ("get_device_name", name),
+                            ("get_device_capability", capability), ("get_device_properties", properties)):
+            monkeypatch.setattr(torch.cuda, what, lambda *_, value=value: value)
+        if works:
+            monkeypatch.setattr(asnn, "select_device", lambda: (device, f"{name}, {GiB} GiB"))
+        else:
+            def no_kernel(*_args, **_kwargs):
+                raise RuntimeError("no kernel image is available for execution on the device")
+            monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_75"])
+            monkeypatch.setattr(torch, "ones", no_kernel)
+    return make
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def probed(monkeypatch, step=20, seconds=10.0):
+    """The probe of a machine that takes `seconds` for `step` steps."""
+    result = asnn.FitResult([], step, "step limit", 1.0, 0, seconds, 1000.0, 0, 0, "fp16", 5.0)
+    monkeypatch.setattr(asnn, "_probe", lambda *_: result)
+
+
+def named(rows):
+    assert all(set(row) == {"what", "value", "why"} and all(isinstance(v, str) for v in row.values()) for row in rows)
+    return {row["what"]: f"{row['value']} {row['why']}" for row in rows}
+
+
+# ---- what to click
+
+
+def test_a_t4_on_kaggle_needs_nothing(monkeypatch, gpu):
+    gpu()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    rows, advice = asnn.preflight()
+    table = named(rows)
+    assert advice == []
+    assert "2 x Tesla T4" in table["GPU"] and "7.5" in table["GPU"] and table["GPU memory"].startswith("15.0 GiB")
+    assert table["precision"].startswith("fp16 ") and "below 8.0" in table["precision"]
+    assert "GB" in table["disk, free"]
+    assert f"torch {torch.__version__}" in table["versions"] and "Kaggle" in table["versions"]
+
+
+def test_a_p100_says_what_to_choose(monkeypatch, gpu):
+    gpu("Tesla P100", (6, 0), works=False)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    rows, (advice,) = asnn.preflight()
+    for part in ("cannot be used", "Tesla P100 (sm_60) has no kernels", "Settings > Accelerator > GPU T4 x2"):
+        assert part in advice
+    assert named(rows)["GPU"].startswith("none")
+
+
+@pytest.mark.parametrize("variable, words", [
+    ("KAGGLE_KERNEL_RUN_TYPE", "This Kaggle session has no GPU: choose Settings > Accelerator > GPU T4 x2"),
+    ("COLAB_RELEASE_TAG", "This Colab session has no GPU: choose Runtime > Change runtime type > T4 GPU"), (None, None)])
+def test_a_session_without_a_gpu_says_what_to_choose(monkeypatch, no_gpu, variable, words):
+    if variable:
+        monkeypatch.setenv(variable, "set")
+    _, advice = asnn.preflight()
+    assert [sentence.startswith(words) for sentence in advice] == ([True] if words else [])
+
+
+def test_bf16_asked_for_on_a_t4_is_talked_out_of(gpu):
+    gpu()
+    _, (advice,) = asnn.preflight(precision="bf16")
+    assert "Tesla T4 (compute capability 7.5) emulates it slowly: set precision = 'auto'" in advice
+    gpu("A100", (8, 0))
+    assert asnn.preflight(precision="bf16")[1] == []
+    with pytest.raises(ValueError, match="precision is 'fp8'; allowed: auto, fp32, fp16, bf16"):
+        asnn.preflight(precision="fp8")
+
+
+def test_too_little_memory_is_said_when_the_probe_runs_out_of_it(monkeypatch, gpu, task):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    gpu("GTX 1050", (7, 5), GiB=2)
+    monkeypatch.setattr(asnn, "_probe", full)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    rows, (advice,) = asnn.preflight(task)
+    assert "The GPU's 2 GiB do not hold this run" in advice and "Settings > Accelerator > GPU T4 x2" in advice
+    assert "speed" not in named(rows) and "the run needs about" in named(rows)["GPU memory"]
+
+
+def test_the_estimate_of_the_long_run_fits_a_t4_and_grows_with_the_batch():
+    recipe = asnn.get_recipe("v14.4-t4")
+    parts = asnn.training_memory(recipe, 50257, 124_439_808)
+    assert 5 < sum(parts.values()) / 2**30 < 14 and parts["teacher weights, fp32"] == 4 * 124_439_808
+    double = asnn.training_memory(recipe.replace(batch_size=2 * recipe.batch_size), 50257, 124_439_808)
+    assert {k for k in parts if double[k] != parts[k]} == {"activations kept for backward"}
+    assert double["activations kept for backward"] == 2 * parts["activations kept for backward"]
+
+
+@pytest.mark.parametrize("max_hours, platform, words", [
+    (None, "kaggle", "12 h are allowed: set max_hours = 11"), (6.0, "kaggle", "Add Input"), (None, "local", None),
+    (6.0, "local", "6 h are allowed: it stops in time and saves; then run all again"), (30.0, "local", None)])
+def test_a_run_longer_than_the_session_is_told_how_to_go_on(monkeypatch, no_gpu, task, max_hours, platform, words):
+    probed(monkeypatch, 20, 20 * 3600 * 20 / task.recipe.distill_steps)  # 20 hours altogether
+    monkeypatch.setattr(asnn, "where_am_i", lambda: platform)
+    rows, advice = asnn.preflight(task, max_hours=max_hours)
+    advice = [sentence for sentence in advice if "no GPU" not in sentence]
+    assert named(rows)["training"].startswith("20.00 h")
+    assert len(advice) == bool(words) and all(words in sentence for sentence in advice)
+
+
+def test_a_full_disk_is_said(monkeypatch, no_gpu, task):
+    probed(monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    rows, (advice,) = asnn.preflight(task)
+    assert "The disk has 0.0 GB free" in advice and "delete outputs" in advice and "ASNN_OUTPUTS" in advice
+
+
+def test_the_probe_makes_real_steps_and_changes_nothing(no_gpu, task, tmp_path):
+    before = {name: p.clone() for name, p in task.teacher.model.state_dict().items()}
+    rows, advice = asnn.preflight(task, "fp32", steps=20, seconds=60.0)
+    assert advice == [] and f"probe of {task.recipe.distill_steps // 6} steps" in named(rows)["speed"]
+    assert all(torch.equal(p, before[name]) for name, p in task.teacher.model.state_dict().items())
+    assert not (tmp_path / "outputs").exists()
+    # What is trained afterwards is what is trained without it.
+    settings = asnn.FitConfig.from_recipe(task.recipe, precision="fp32", log_every=1)
+    losses = []
+    for steps in (1, 2):
+        asnn.preflight(task, "fp32", steps=steps)
+        losses.append([row["loss"] for row in asnn.distil(task, task.recipe, settings)[1].log if "loss" in row])
+    assert losses[0] == losses[1]
+
+
+def test_the_probe_ends_when_its_seconds_are_over(no_gpu, task):
+    task = dataclasses.replace(task, recipe=task.recipe.replace(distill_steps=6000))
+    rows, _ = asnn.preflight(task, "fp32", steps=1000, seconds=1e-6)
+    assert "probe of 1 steps" in named(rows)["speed"]
+
+
+# ---- trackers
+
+
+def fit_with(distillation, folder, tracker, steps=None):
+    objective, sampler, settings = distillation(settings=(("tracker", tracker), ("eval_every", 6)))
+    measured = {"ppl": 7.0, "density": {"0.k": 0.25, "0.v": 0.5}}
+    return asnn.fit(objective, sampler, settings, lambda: measured, folder, max_steps=steps)
+
+
+def test_tensorboard_shows_what_the_log_holds(tmp_path, distillation):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    fit_with(distillation, tmp_path / "run", "tensorboard", steps=7)
+    result = fit_with(distillation, tmp_path / "run", "tensorboard")  # resumed
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log == result.log
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    for name in ("loss", "lr", "val_ppl"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in log if name in row] and found
+    assert [event.value for event in events.Scalars("val_density/0.k")] == [0.25, 0.25]
+
+
+def test_without_a_tracker_there_is_the_log_alone_and_the_same_run(tmp_path, distillation):
+    pytest.importorskip("tensorboard")
+    alone, tracked = (fit_with(distillation, tmp_path / name, tracker) for name, tracker in (
+        ("alone", None), ("tracked", "tensorboard")))
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    speed = "tokens_per_second"
+    assert [{k: v for k, v in row.items() if k != speed} for row in alone.log] == [
+        {k: v for k, v in row.items() if k != speed} for row in tracked.log]
+
+
+def test_a_checkpoint_goes_on_with_another_tracker(tmp_path, distillation):
+    fit_with(distillation, tmp_path / "run", None, steps=7)
+    pytest.importorskip("tensorboard")
+    assert fit_with(distillation, tmp_path / "run", "tensorboard").finished
+
+
+def test_a_tracker_that_is_unknown_or_missing_is_refused_before_training(monkeypatch):
+    with pytest.raises(ValueError, match="FitConfig.tracker is 'wandb'; allowed: None, tensorboard, trackio"):
+        asnn.FitConfig(10, 2, 1e-3, 16, tracker="wandb")
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    monkeypatch.setattr(importlib, "import_module", missing)
+    for name in asnn.TRACKERS:
+        with pytest.raises(ImportError, match=f"{name} is needed here and is not installed: pip install {name}."):
+            asnn.FitConfig(10, 2, 1e-3, 16, tracker=name)
