@@ -111,6 +111,7 @@ import asnn_common as asnn  # noqa: E402
 pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
+asnn.check_numbers({"max_hours": max_hours, "seed": seed}, {"max_hours": "float | None", "seed": "int"}, zero=("seed",))
 size, reason = asnn.select_profile(profile)
 size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
 chosen = size.scale(asnn.get_recipe(recipe), seed=seed, **({} if steps is None else {"distill_steps": steps}))
@@ -258,7 +259,9 @@ print("relative error at position 25, w = 0.378: "
 # The teacher is frozen and, where there are two GPUs, lives on the second. The bar shows the loss, the student's perplexity on the training batch and on validation, and the time left.
 
 # %%
-student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker), run.folder, size.eval_windows)
+# What came before the training counts too: the session ends when its hours do.
+hours_left = None if max_hours is None else max(0.001, max_hours - (time.perf_counter() - begin) / 3600)
+student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=hours_left, tracker=tracker), run.folder, size.eval_windows)
 print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")

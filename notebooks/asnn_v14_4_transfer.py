@@ -111,6 +111,7 @@ pd.set_option("display.width", 200, "display.max_columns", None, "display.max_co
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 size, reason = asnn.select_profile(profile)
+asnn.check_numbers({"max_hours": max_hours, "seed": seed}, {"max_hours": "float | None", "seed": "int"}, zero=("seed",))
 asked = asnn.get_recipe(recipe)
 if size.name == "t4":  # what a long recipe asks for
     corpus, max_hours = corpus or asked.corpus, max_hours or asked.max_hours
@@ -421,6 +422,8 @@ for tax_seed in range(seed, seed + tax_seeds) if result.finished and chosen.spik
     if dense:
         tax, error = asnn.perplexity_gap(spiking, dense)
         taxes.append({"seed": tax_seed, "spiking": spiking.ppl, "dense": dense.ppl, "tax": tax, "standard_error": error})
+# A run whose hours ended in the middle of these is not finished: the next one goes on with them.
+complete = result.finished and (chosen.spike_kind == "dense" or len(taxes) == tax_seeds)
 if taxes:
     show_table([{"seed": str(row["seed"]), "spiking PPL": f"{row['spiking']:.2f}", "dense twin PPL": f"{row['dense']:.2f}",
                  "tax ± s.e.": f"{row['tax']:.4f} ± {row['standard_error']:.4f}"} for row in taxes])
@@ -541,11 +544,13 @@ print("cached equals uncached:", torch.allclose(torch.cat((first.logits, rest), 
 # %%
 metrics = asnn.run_metrics(run, task, size, student, result, measured, tax={"steps": tax_steps, "runs": taxes}, stages=gains,
                            layers_fed_by_spikes=fed, notebook_seconds=time.perf_counter() - begin)
-if result.finished:
+if complete:
     if run.main:
         asnn.write_atomically(run.folder / "samples.json", json.dumps(samples, indent=1))
     run.finish(metrics, student.cpu(), master.tokenizer)
     shutil.rmtree(run.folder / "tax", ignore_errors=True)
+else:
+    print("Not finished: run all cells again with the same parameters to go on.")
 
 # %% tags=["nbval-check-output"]
 for name in (".", "figures", "student"):

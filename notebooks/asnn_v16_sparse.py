@@ -103,6 +103,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # progress bar
 import asnn_common as asnn  # noqa: E402
 
 pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
+asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value in (("layers", layers), ("repeats", repeats), ("quality_tokens", quality_tokens)):
     asnn.require(value is None or isinstance(value, int) and value >= 1, what, value, "None or a whole number from 1")

@@ -106,6 +106,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # progress bar
 import asnn_common as asnn  # noqa: E402
 
 pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
+asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value in (("layers", layers), ("repeats", repeats)):
     asnn.require(value is None or isinstance(value, int) and value >= 1, what, value, "None or a whole number from 1")
@@ -222,10 +223,8 @@ def plot_lines(bench, x, label, ylabel, value):
         points = [(row[x], value(row)) for row in bench.rows if row["system"] == name and "decode" in row]
         axis.plot(*zip(*points), style, label=name)
     axis.set(xscale="log", xlabel=label, ylabel=ylabel, ylim=(0, None))
-    axis.set_xticks(sorted({row[x] for row in bench.rows}), [f"{v:,}" for v in sorted({row[x] for row in bench.rows})])
-    axis.minorticks_off()
+    asnn.plain_log(axis.xaxis, sorted({row[x] for row in bench.rows}))
     axis.legend()
-    axis.grid(alpha=0.3)
     return figure
 
 
@@ -251,7 +250,7 @@ def plot_memory(bench):
     longest = {row["system"]: row for row in bench.rows if "decode" in row}
     figure, axis = plt.subplots(figsize=(7, 0.5 + 0.5 * len(longest)))
     left = np.zeros(len(longest))
-    for part, colour in (("weights", "#0072B2"), ("cache", "#E69F00"), ("activations", "#009E73")):
+    for part, colour in (("weights", asnn.COLOURS["blue"]), ("cache", asnn.COLOURS["orange"]), ("activations", asnn.COLOURS["green"])):
         sizes = np.array([row["memory"][part] / 2**20 for row in longest.values()])
         axis.barh(range(len(longest)), sizes, left=left, color=colour, label={"cache": "state or cache"}.get(part, part))
         left += sizes
@@ -359,7 +358,7 @@ def plot_pareto():
     for axis, values, label, best in ((axes[0], speed, "tokens/s, batch 1", max), (axes[1], {n: 1e6 * v for n, v in energy.items()}, "uJ per token, estimated, with DRAM and head", min)):
         points = {name: (value, gap_of(name)) for name, value in values.items() if gap_of(name)}
         for i, (name, (x, y)) in enumerate(points.items()):
-            axis.scatter(x, y, color="#D55E00" if "gather" in name or "auto" in name else "#0072B2")
+            axis.scatter(x, y, color=asnn.COLOURS["vermillion"] if "gather" in name or "auto" in name else asnn.COLOURS["blue"])
             axis.annotate(name, (x, y), xytext=(4, 5 if i % 2 else -11), textcoords="offset points", fontsize=7)
         front = sorted((p for p in points.values() if not any((q[0] >= p[0] if best is max else q[0] <= p[0]) and q[1] <= p[1] and q != p for q in points.values())))
         axis.plot(*zip(*front), "k--", lw=0.8, label="Pareto front")
@@ -435,14 +434,15 @@ for name, (per_layer, per_byte, estimate, half) in fits.items():
 # %%
 def plot_scale():
     figure, axis = plt.subplots(figsize=(7, 4))
-    for (name, marker, colour) in (("dense", "o", "#0072B2"), ("sparse", "s", "#D55E00")):
+    for (name, marker, colour) in (("dense", "o", asnn.COLOURS["blue"]), ("sparse", "s", asnn.COLOURS["vermillion"])):
         keys = [key for key in scaled if key[0] == name]
         axis.plot([scaled[key]["parameters"] / 1e6 for key in keys], [1e3 * timings[key].median for key in keys], marker, color=colour, label=f"{name}, measured")
         *_, estimate, half = fits[name]
         axis.errorbar([parameters / 1e6], [1e3 * estimate], [[1e3 * min(half, 0.99 * estimate)], [1e3 * half]], fmt=marker, mfc="none", color=colour, capsize=4, label=f"{name}, estimated")
     axis.set(xscale="log", yscale="log", xlabel="parameters, millions", ylabel="ms per token")
+    asnn.plain_log(axis.xaxis)
+    asnn.plain_log(axis.yaxis)
     axis.legend()
-    axis.grid(alpha=0.3)
     return figure
 
 
