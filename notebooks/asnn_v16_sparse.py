@@ -228,18 +228,21 @@ def plot_surface(rows):
         for j, name in enumerate(names):
             grid = np.array([[next(r["seconds"]["linear"] / r["seconds"][name] for r in rows if ((r["in"], r["out"]), r["tokens"], r["density"]) == (shape, n, d))
                               for d in densities] for n in batches])
+            axes[i][j].grid(False)
             image = axes[i][j].imshow(np.log2(grid), cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
             for y in range(len(batches)):
                 for x in range(len(densities)):
-                    axes[i][j].text(x, y, f"{grid[y, x]:.1f}", ha="center", va="center", fontsize=6)
-            axes[i][j].set_title(f"{name}, {shape[0]} to {shape[1]}", fontsize=9)
-            axes[i][j].set_xticks(range(len(densities)), densities, fontsize=7)
-            axes[i][j].set_yticks(range(len(batches)), batches, fontsize=7)
+                    axes[i][j].text(x, y, f"{grid[y, x]:.1f}" if grid[y, x] < 9.95 else f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=6.5,
+                                    color="white" if abs(np.log2(grid[y, x])) > 1.8 else "black")
+            axes[i][j].set_title(f"{name}\n{shape[0]} to {shape[1]}", fontsize=8)
+            axes[i][j].set_xticks(range(len(densities)), [f"{d:g}" for d in densities], fontsize=7, rotation=60)
+            axes[i][j].set_yticks(range(len(batches)), batches, fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("density")
     for row in axes:
         row[0].set_ylabel("tokens")
-    figure.colorbar(image, ax=axes, label="log2 of speed against linear", shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, label="speed against linear", shrink=0.8, pad=0.02)
+    bar.set_ticks(range(-3, 4), labels=[f"{2.0 ** n:g}x" for n in range(-3, 4)])
     return figure
 
 
