@@ -768,7 +768,7 @@ class TernarySpike(nn.Module):
             total, count = total + past.total.unsqueeze(1), count + past.count.unsqueeze(1)
         channel_mean = (self.PRIOR * token_mean + total) / (self.PRIOR + count)  # (B, T, D)
         mean = channel_mean if self.threshold == "channel" else (channel_mean * token_mean).sqrt()
-        return alpha * mean, SpikeStatistics(total[:, -1].clone(), count[:, -1].clone())
+        return alpha * mean, SpikeStatistics(*(x[:, -1].clone(memory_format=torch.contiguous_format) for x in (total, count)))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -944,7 +944,7 @@ def recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor
         return recurrence_step(r, k, v, w, state)
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
     states = _VectorScan.apply(update, decay, S, chunk)
-    return (gate * states).to(k.dtype), states[:, -1].clone()
+    return (gate * states).to(k.dtype), states[:, -1].clone(memory_format=torch.contiguous_format)
 
 
 def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
@@ -955,7 +955,7 @@ def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
     steps = torch.arange(1, update.shape[1] + 1, device=k.device)
     powers = decay.unsqueeze(0).pow(steps.unsqueeze(1))  # (T, D)
     states = (update / (powers + 1e-8)).cumsum(1) * powers + powers * S.unsqueeze(1)
-    return (gate * states).to(k.dtype), states[:, -1].clone()
+    return (gate * states).to(k.dtype), states[:, -1].clone(memory_format=torch.contiguous_format)
 
 
 # The matrix state, per head: S_t = diag(w) S_{t-1} + k_t v_t^T, read out as r_t S_t [10]. With `beta` it is the delta
@@ -1156,7 +1156,7 @@ class TimeMix(nn.Module):
             k = k * mask.unsqueeze(-1).to(k.dtype)
         out, S = self.remember(inputs, k, v, past.S if past else None)
         # A copy: a view would keep the inputs of the whole window alive for as long as the state.
-        return out, LayerState(S, x[:, -1].clone(), k_statistics, v_statistics)
+        return out, LayerState(S, x[:, -1].clone(memory_format=torch.contiguous_format), k_statistics, v_statistics)
 
     def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
                  S: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1244,12 +1244,13 @@ class FeedForward(nn.Module):
 @functools.cache
 def _compiled_layer() -> Callable[..., tuple[Tensor, LayerState]]:
     def layer(block: GooseBlock, x: Tensor, past: LayerState, structure: str) -> tuple[Tensor, LayerState]:
+        require(bool(structure), "structure", structure, "that of compile_step")  # only what is read is guarded
         return block.layer(x, past)
 
     def guards(entries: Iterable[Any]) -> list[bool]:
         # A block has 600 facts that torch.compile would check at each token, a fifth of its time. `structure` stands for
         # those that are no tensors.
-        return [entry.guard_type == "TENSOR_MATCH" or not (entry.is_global or re.match(r"self\b", entry.name))
+        return [entry.guard_type == "TENSOR_MATCH" or not (entry.is_global or re.match(r"block\b", entry.name))
                 for entry in entries]
     return torch.compile(layer, options={"guard_filter_fn": guards})
 
@@ -1270,7 +1271,8 @@ class GooseBlock(GradientCheckpointingLayer):
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 past: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """x (B, T, D), mask (B, T) with 0 at padding -> (B, T, D) and the state after the last token."""
-        if self.compiled and x.shape[1] == 1 and mask is None and past is not None and not torch.is_grad_enabled():
+        if (self.compiled and x.shape[1] == 1 and mask is None and past is not None
+                and not self.training and not torch.is_grad_enabled()):
             return _compiled_layer()(self, x, past, self.compiled)
         return self.layer(x, past, mask)
 
@@ -4745,20 +4747,21 @@ void add_rows(const T* rows, int64_t stride, const int32_t* index, const float* 
   float offset = 0;
   for (int64_t e = 0; e < std::min<int64_t>(count, AHEAD); ++e)
     for (int64_t j = 0; j < stride; j += LINE) __builtin_prefetch(rows + index[e] * stride + j);
-  for (int64_t e = 0; e < count; e += UNROLL) {
+  auto factor_of = [&](int64_t e) {
+    if (!packed) return value[e];
+    float pair[2];
+    std::memcpy(pair, rows + index[e] * stride + out, sizeof pair);
+    offset += value[e] * pair[1];
+    return value[e] * pair[0];
+  };
+  int64_t e = 0;
+  for (; e + UNROLL <= count; e += UNROLL) {
     const T *row[UNROLL], *next[UNROLL];
     float factor[UNROLL];
     for (int r = 0; r < UNROLL; ++r) {
-      const int64_t i = std::min(e + r, count - 1);
-      row[r] = rows + index[i] * stride;
-      next[r] = rows + index[std::min(i + AHEAD, count - 1)] * stride;
-      factor[r] = e + r < count ? value[i] : 0.0f;
-      if (packed) {
-        float pair[2];
-        std::memcpy(pair, row[r] + out, sizeof pair);
-        offset += factor[r] * pair[1];
-        factor[r] *= pair[0];
-      }
+      row[r] = rows + index[e + r] * stride;
+      next[r] = rows + index[std::min(e + r + AHEAD, count - 1)] * stride;
+      factor[r] = factor_of(e + r);
     }
     int64_t j = 0;
     for (; j + LINE <= out; j += LINE) {
@@ -4769,6 +4772,11 @@ void add_rows(const T* rows, int64_t stride, const int32_t* index, const float* 
     for (; j < out; ++j)
       sum[j] += factor[0] * row[0][j] + factor[1] * row[1][j] + factor[2] * row[2][j] + factor[3] * row[3][j];
     for (int r = 0; r < UNROLL; ++r) __builtin_prefetch(next[r] + out);
+  }
+  for (; e < count; ++e) {
+    const T* row = rows + index[e] * stride;
+    const float factor = factor_of(e);
+    for (int64_t j = 0; j < out; ++j) sum[j] += factor * row[j];
   }
   if (packed)
     for (int64_t j = 0; j < out; ++j) sum[j] += offset;
@@ -4807,6 +4815,7 @@ void gather(const T* rows, int64_t stride, int64_t out, const float* spikes, int
 at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& spikes) {
   const bool packed = rows.scalar_type() == at::kByte;
   TORCH_CHECK(rows.dim() == 2 && spikes.dim() == 2 && rows.size(0) == spikes.size(1) && rows.is_contiguous() &&
+              (!packed || rows.size(1) >= 8) &&
               spikes.is_contiguous() && spikes.scalar_type() == at::kFloat && (packed || rows.scalar_type() == at::kFloat),
               "gather_rows takes contiguous rows (X, out) in fp32 or packed int8 and spikes (n, X) in fp32");
   const int64_t n = spikes.size(0), X = spikes.size(1), out = rows.size(1) - (packed ? 8 : 0);
@@ -4844,8 +4853,8 @@ def _load_kernel() -> str:
                            *(cpu_facts().get(name, "") for name in ("model name", "flags", "Features")))
         library = cache_folder() / "kernels" / key / "asnn_goose.so"
         try:
-            if not library.is_file():
-                _build_kernel(library)
+            if not library.is_file() or content_hash(library.read_bytes()) != library.with_suffix(".hash").read_text():
+                _build_kernel(library)  # also where a library is not whole: loading that ends the process
             torch.ops.load_library(str(library))
         except Exception as error:  # no compiler, no ninja, a full disk: all of them only cost speed
             return f"the C++ kernel cannot be built: {(str(error).strip() or repr(error)).splitlines()[0][:200]}"
@@ -4867,17 +4876,26 @@ def _build_kernel(library: Path) -> None:
                  "extra_cflags=['-O3', '-march=native', '-fopenmp'], build_directory=sys.argv[2], is_python_module=False); "
                  "torch.ops.asnn_goose.gather_rows(torch.ones(8, 8), torch.ones(1, 8))")
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # ninja lies beside python
-        done = subprocess.run([sys.executable, "-c", build, str(source), folder], capture_output=True, text=True,
-                              timeout=300, env={**os.environ, "PATH": path})
+        try:
+            done = subprocess.run([sys.executable, "-c", build, str(source), folder], capture_output=True, text=True,
+                                  timeout=300, env={**os.environ, "PATH": path})
+        except subprocess.TimeoutExpired:
+            raise OSError("the compiler did not end within 300 s") from None
         if done.returncode:
-            raise OSError((done.stderr.strip() or f"the compiler ended with {done.returncode}").splitlines()[-1])
-        os.replace(Path(folder) / "asnn_goose.so", library)
+            lines = (done.stderr + done.stdout).replace(folder, "...").strip().splitlines()
+            telling = [line for line in lines if re.search(r"not found|No such file|error:", line)]
+            raise OSError((telling or lines or [f"the compiler ended with {done.returncode}"])[-1].strip())
+        built = Path(folder) / "asnn_goose.so"
+        write_atomically(library.with_suffix(".hash"), content_hash(built.read_bytes()))
+        os.replace(built, library)
         bar.update(1)
 
 
 def gather_product(rows: Tensor, spikes: Tensor) -> Tensor:
-    """`embedding_bag_product` by the kernel, where that could be built and the rows are fp32 on the CPU."""
-    if rows.device.type != "cpu" or rows.dtype != torch.float32 or not rows.is_contiguous() or load_kernel():
+    """`embedding_bag_product` by the kernel, where that could be built, the rows are fp32 on the CPU and no gradient is
+    asked for."""
+    graph = torch.is_grad_enabled() and (rows.requires_grad or spikes.requires_grad)
+    if graph or rows.device.type != "cpu" or rows.dtype != torch.float32 or not rows.is_contiguous() or load_kernel():
         return embedding_bag_product(rows, spikes)
     return torch.ops.asnn_goose.gather_rows(rows, spikes.float().contiguous())
 
@@ -4976,7 +4994,7 @@ class BackendTable:
         shapes = sorted(set(shapes))
         env = environment()
         key = content_hash("backends 3", json.dumps([env["cpu"], env["gpus"], env["threads"], env["versions"]["torch"],
-                                                     str(device), shapes, sorted(backends), KERNEL, load_kernel()]))
+                                                     str(device), shapes, sorted(backends), KERNEL, bool(load_kernel())]))
         path = cache_folder() / "sparse" / f"{key}.json"
         if path.is_file():
             return cls(json.loads(path.read_text())["rows"])
@@ -5167,6 +5185,8 @@ def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dens
     require(head != "spikes" or "head_in" in encoders, "head", head, "dense, int8 for a student without the site head_in")
     copied = copy.deepcopy(student).eval()
     copied.requires_grad_(False)
+    for block in transformer_blocks(copied):
+        block.compiled = ""  # the structure was another's
     if backend == "auto" and table is None:
         D, width = student.config.d_model, student.config.ffn_width
         shapes = [(D, D), (D, width), (width, D)] + [(D, student.config.vocab_size)] * (head == "spikes")

@@ -206,6 +206,24 @@ show_table(rows)
 print(f"medians of {repeats} interleaved runs, one token, weights out of cache, {hardware}")
 
 # %% [markdown]
+# How much of that is skipping, and how much a product that is better written than the library's? The same kernel with every channel firing reads all rows, as a dense product does: what it gains there has nothing to do with zeros.
+
+# %%
+parts, rows = {}, []
+for (X, out), site in shapes.items():
+    share = site_density.get(site, 0.4)
+    bench = asnn.ProductBench(X, out, ("linear", "gather", "gather_int8"))
+    some, every = bench.calls(asnn.random_spikes(1, X, share, generator)), bench.calls(asnn.random_spikes(1, X, 1.0, generator))
+    timings = asnn.time_interleaved({"linear": some["linear"], **{f"{name}, {what}": calls[name] for name in ("gather", "gather_int8") for what, calls in (("own density", some), ("all fire", every))}}, runs=repeats)
+    parts[f"{X} x {out}"] = {name: dataclasses.asdict(t) for name, t in timings.items()}
+    for name in ("gather", "gather_int8"):
+        own, full = timings[f"{name}, own density"].median, timings[f"{name}, all fire"].median
+        rows.append({"in x out": f"{X} x {out}", "backend": name, "times linear": f"{timings['linear'].median / own:.2f}", "with all channels firing": f"{timings['linear'].median / full:.2f}",
+                     "by skipping alone": f"{full / own:.2f}", "1 / density": f"{1 / share:.2f}"})
+show_table(rows)
+print(f"times linear is what the kernel gains with all channels firing, times what skipping gains: medians of {repeats} interleaved runs, {hardware} (measured)")
+
+# %% [markdown]
 # ## The surface
 # Speed of each backend against `linear`, which is what nn.Linear does, over density and number of tokens, the libraries that lose included. Above 1 (blue) the backend wins.
 
@@ -437,7 +455,7 @@ results = {"gate": gate_sentence, "gated": gated, "hardware": hardware, "environ
            "products": [{"in": X, "out": out, **{name: dataclasses.asdict(t) for name, t in timings.items()}} for (X, out), timings in single.items()], "surface": surface,
            "quality": {name: {"ppl": ppl, "tokens": count} for name, (ppl, count) in quality.items()}, "decoding": {name: dataclasses.asdict(t) for name, t in decoding.items()},
            "state update": {name: dataclasses.asdict(t) for name, t in updates.items()}, "crossover, tokens": {shape: {name: n if n < math.inf else None for name, n in row.items()} for shape, row in crossovers.items()},
-           "auto over linear": {"measured once": firsts.tolist(), "again": seconds.tolist()}, "kernel": problem or "built", "profile": profiles, "weights, bytes": {name: asnn.tensor_bytes(model) for name, model in systems.items()}, "layers": layers, "parameters": asnn.count_parameters(large)}
+           "auto over linear": {"measured once": firsts.tolist(), "again": seconds.tolist()}, "kernel": problem or "built", "skipping alone": parts, "profile": profiles, "weights, bytes": {name: asnn.tensor_bytes(model) for name, model in systems.items()}, "layers": layers, "parameters": asnn.count_parameters(large)}
 if run.main:
     asnn.write_atomically(run.folder / "sparse.json", json.dumps(results, indent=1))
 run.finish({**origin, "version": f"v16 of {origin['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
