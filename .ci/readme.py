@@ -78,11 +78,11 @@ def bench_table(folder=ROOT / "outputs" / "reference" / "v17"):
     whole = lambda row: sum(row["memory"].values())  # noqa: E731
     lines = ["| system | ms per token (quartiles), p95 | tokens/s | the last row is faster by | weights + cache + activations, MiB | gap |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: -row["decode"]["median"]):
-        gap = found["gaps"].get(row["system"].replace(", compiled", ""))
+        gap = found["gaps"].get(row["system"].replace(", compiled", "").replace("auto", "dense"))  # auto is exact
         lines.append(f"| {row['system']} | {times(row['decode'])}, {1e3 * row['decode']['p95']:.2f} | {row['tokens/s']:.1f} | {row['decode']['median'] / best['decode']['median']:.2f} | "
                      f"{' + '.join(f'{size / 2**20:.1f}' for size in row['memory'].values())} = {whole(row) / 2**20:.0f} | {'not trained' if gap is None else format(gap, '.3f')} |")
     n = rows[0]["decode"]["runs"]
-    lines += ["", f"Batch 1, context {found['context']}, {found['hardware']}, medians of {n} interleaved measurements; a second run differed by "
+    lines += ["", f"Batch 1, context {found['context']}, {found['hardware']}, medians of {n} interleaved measurements (the later ones where a case was measured twice); a second run differed by "
               f"{100 * max(abs(r - 1) for r in found['agreement'].values()):.1f} % at most (all measured; {'gated' if found['gated'] else 'ungated'})."]
     return "\n".join(lines)
 
