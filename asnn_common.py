@@ -86,7 +86,7 @@ try:
 except ImportError:  # the name before transformers 5.1
     from transformers import PretrainedConfig as PreTrainedConfig
 
-__version__ = "15.0.0"
+__version__ = "17.0.0"
 
 
 # ======================================================================================================

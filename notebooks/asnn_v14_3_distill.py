@@ -260,7 +260,7 @@ print("relative error at position 25, w = 0.378: "
 
 # %%
 # What came before the training counts too: the session ends when its hours do.
-hours_left = None if max_hours is None else max(0.001, max_hours - (time.perf_counter() - begin) / 3600)
+hours_left = None if max_hours is None else max(1e-6, max_hours - (time.perf_counter() - begin) / 3600)
 student, result = asnn.distil(task, chosen, asnn.FitConfig.from_recipe(chosen, max_hours=hours_left, tracker=tracker), run.folder, size.eval_windows)
 print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {result.seconds:.0f} s of steps, "
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
