@@ -9,14 +9,14 @@ Contents
     5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, Distiller
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
     7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_modules, spike_hooks,
-                       spike_density, matrix_products, match_teacher, transfer_weights, calibrate_encoders, build_student,
-                       train_teacher, distillation_sampler, load_task, distil, training_memory, preflight
+                       spike_density, operations, matrix_products, match_teacher, transfer_weights, calibrate_encoders,
+                       build_student, train_teacher, distillation_sampler, load_task, distil, training_memory, preflight
     8  SpikingBrain    wilson_interval, bootstrap_interval, SpikeCapture, record_spikes, SpikeHealthChecker,
                        MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
                        intervene, Remediation, remediate
     9  Sparse          SpikeVector, load_kernel, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, compile_step,
                        sparsify
-    10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, operations, energy_estimate, Bench, bench
+    10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, energy_estimate, Bench, bench
     11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
                        sample_texts, run_metrics, run_checks, results_table, model_card, figure_style, plain_log
 
@@ -143,6 +143,12 @@ def check_numbers(values: dict[str, Any], kinds: dict[str, str], owner: str = ""
             f"a whole number from {0 if name in zero else 1}" if kind == "int" else
             f"a number {'from' if name in zero else 'above'} 0")
         require(known, label, value, allowed + (" or None" if optional else ""))
+
+
+def check_fields(config: Any, zero: Iterable[str] = (), shares: Iterable[str] = ()) -> None:
+    """`check_numbers` for all fields of a dataclass."""
+    kinds = {item.name: item.type for item in dataclasses.fields(config)}
+    check_numbers(vars(config), kinds, type(config).__name__, zero, shares)
 
 
 def _first_line(error: BaseException) -> str:
@@ -328,7 +334,7 @@ class Recipe:
                               *STUDENT_CHOICES.items()):
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
         spike_levels(self.spike_kind)
-        check_numbers(vars(self), {item.name: item.type for item in dataclasses.fields(self)}, "Recipe", (
+        check_fields(self, (
             "matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
             "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps", "seed"),
             ("warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"))
@@ -486,7 +492,7 @@ class Profile:
     final_windows: int | None = None
 
     def __post_init__(self):
-        check_numbers(vars(self), {item.name: item.type for item in dataclasses.fields(self)}, "Profile")
+        check_fields(self)
         require(self.teacher_width % self.teacher_heads == 0, "Profile.teacher_heads", self.teacher_heads,
                 f"a divisor of teacher_width = {self.teacher_width}")
 
@@ -713,6 +719,11 @@ def ternary_spike(x: Tensor, theta: Tensor, estimator: str = "clipped", levels: 
     return _TernarySpikeFunction.apply(x, theta, levels, binary, estimator, width)
 
 
+def last_token(x: Tensor) -> Tensor:
+    """(B, T, ...) -> (B, ...), a copy: in a state, a view would keep the whole window alive for as long as the state."""
+    return x[:, -1].clone(memory_format=torch.contiguous_format)
+
+
 class SpikeStatistics(NamedTuple):
     """Running sum of |x| per channel and the tokens in it: what a causal channel threshold has to remember."""
 
@@ -768,7 +779,7 @@ class TernarySpike(nn.Module):
             total, count = total + past.total.unsqueeze(1), count + past.count.unsqueeze(1)
         channel_mean = (self.PRIOR * token_mean + total) / (self.PRIOR + count)  # (B, T, D)
         mean = channel_mean if self.threshold == "channel" else (channel_mean * token_mean).sqrt()
-        return alpha * mean, SpikeStatistics(*(x[:, -1].clone(memory_format=torch.contiguous_format) for x in (total, count)))
+        return alpha * mean, SpikeStatistics(last_token(total), last_token(count))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -944,7 +955,7 @@ def recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor
         return recurrence_step(r, k, v, w, state)
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
     states = _VectorScan.apply(update, decay, S, chunk)
-    return (gate * states).to(k.dtype), states[:, -1].clone(memory_format=torch.contiguous_format)
+    return (gate * states).to(k.dtype), last_token(states)
 
 
 def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
@@ -955,7 +966,7 @@ def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
     steps = torch.arange(1, update.shape[1] + 1, device=k.device)
     powers = decay.unsqueeze(0).pow(steps.unsqueeze(1))  # (T, D)
     states = (update / (powers + 1e-8)).cumsum(1) * powers + powers * S.unsqueeze(1)
-    return (gate * states).to(k.dtype), states[:, -1].clone(memory_format=torch.contiguous_format)
+    return (gate * states).to(k.dtype), last_token(states)
 
 
 # The matrix state, per head: S_t = diag(w) S_{t-1} + k_t v_t^T, read out as r_t S_t [10]. With `beta` it is the delta
@@ -1155,8 +1166,7 @@ class TimeMix(nn.Module):
         if mask is not None:
             k = k * mask.unsqueeze(-1).to(k.dtype)
         out, S = self.remember(inputs, k, v, past.S if past else None)
-        # A copy: a view would keep the inputs of the whole window alive for as long as the state.
-        return out, LayerState(S, x[:, -1].clone(memory_format=torch.contiguous_format), k_statistics, v_statistics)
+        return out, LayerState(S, last_token(x), k_statistics, v_statistics)
 
     def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
                  S: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1392,7 +1402,7 @@ class GooseModel(GoosePreTrainedModel):
         for i, block in enumerate(self.blocks):
             hidden.append(x)
             x, layer_state = block(x, mask, state.layers[i] if state is not None else None)
-            if use_cache:  # a last state is a view that would keep the states of all tokens
+            if use_cache:  # training asks for none, and would hold them all until the backward pass
                 layers.append(layer_state)
         x = self.head_in(self.ln_f(x))
         hidden.append(x)
@@ -2513,7 +2523,7 @@ class FitConfig:
             import_optional(self.tracker)  # said before anything is trained
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             require(getattr(self, name) in allowed, f"FitConfig.{name}", getattr(self, name), ", ".join(allowed))
-        check_numbers(vars(self), {item.name: item.type for item in dataclasses.fields(self)}, "FitConfig", (
+        check_fields(self, (
             "matrix_lr", "weight_decay", "min_delta", "align_steps", "seed", "nonfinite_limit"), ("beta2", "warmup_ratio"))
         require(self.beta2 < 1, "FitConfig.beta2", self.beta2, "a number in [0, 1)")
         require(self.align_steps < self.steps, "FitConfig.align_steps", self.align_steps, f"less than steps = {self.steps}")
@@ -3056,26 +3066,66 @@ def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
     return density
 
 
+def operations(student: GooseForCausalLM, density: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """What one token costs, product by product: {"layer", "product", "site", "MACs", "density", "adds", "skipped"}.
+
+    MACs are those of the dense form, whose sum FlopCounterMode finds too. Where spikes feed a product, `adds` are the
+    additions that the {"layer.site": density} leave, `skipped` the rest; elsewhere adds are 0 and nothing is skipped. The
+    last row of a layer, "state", is its elementwise update: one multiplication by the decay for each entry.
+    """
+    c, density, rows = student.config, density or {}, []
+    matrix, delta = c.state_kind != "vector", c.state_kind == "delta"
+    D, width, heads = c.d_model, c.ffn_width, c.d_model // c.head_width
+    sites = ("mix_in.k", "mix_in.v", "mix_in.r", "mix_in.g", "k", "v", "mix_out", "ffn_in", "ffn_hidden")
+    reject_unknown(density, ["head_in", *(f"{layer}.{site}" for layer in range(c.n_layer) for site in sites)], "density")
+
+    def add(layer: int | None, product: str, site: str | None, macs: int, fed: bool) -> None:
+        share = density.get(f"{layer}.{site}" if layer is not None else site, 1.0) if fed else 1.0
+        adds = round(macs * share) if fed else 0
+        rows.append({"layer": "-" if layer is None else layer, "product": product, "site": site or "-", "MACs": macs,
+                     "density": share, "adds": adds, "skipped": macs - adds if fed else 0, "state updates": 0})
+
+    spiking = c.spike_kind != "dense"
+    for layer in range(c.n_layer):
+        for name, linear in (("k", "W_k"), ("v", "W_v"), ("r", "W_r"), *((("g", "W_g"),) if matrix else ())):
+            add(layer, linear, f"mix_in.{name}", D * D, spiking and "mix_in" in c.spike_sites)
+        if delta:
+            add(layer, "W_b", "mix_in.k", D * heads, spiking and "mix_in" in c.spike_sites)
+        for product, site, macs in (("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * width), ("W_2", "ffn_hidden", D * width)):
+            add(layer, product, site, macs, spiking and site in c.spike_sites)
+        if delta:
+            add(layer, "k S", "k", D * c.head_width, spiking)
+        if matrix:
+            add(layer, "r S", None, D * c.head_width, False)
+        state = D * c.head_width if matrix else D
+        share = density.get(f"{layer}.k", 1.0) if spiking else 1.0
+        rows.append({"layer": layer, "product": "state", "site": "k", "MACs": 0, "density": share, "skipped": 0,
+                     "adds": round(state * share) if spiking else 0, "state updates": state if spiking else 2 * state})
+    add(None, "head", "head_in", D * c.vocab_size, spiking and "head_in" in c.spike_sites)
+    return rows
+
+
 def matrix_products(student: GooseForCausalLM) -> list[dict[str, Any]]:
     """Multiply-accumulates per token of each kind of product: {"product", "macs", "layers", "site", "fed"}.
 
     `layers` is False for the head, `site` the spike site before a product with weights, None for those of the state, and
     `fed` says whether spikes go in: in the state's write and the delta rule's k S the key is a spike, r S has none.
     """
-    c, H = student.config, 0 if student.config.state_kind == "vector" else student.config.d_model // student.config.head_width
-    D, n = c.d_model, c.n_layer
-    fan_in = D * (3 * D if not H else 4 * D + (H if c.state_kind == "delta" else 0))
-    rows = [("k, v, r, gate and beta" if H else "k, v, r", n * fan_in, True, "mix_in"), ("W_o", n * D * D, True, "mix_out"),
-            ("W_1", n * D * c.ffn_width, True, "ffn_in"), ("W_2", n * D * c.ffn_width, True, "ffn_hidden"),
-            ("head", D * c.vocab_size, False, "head_in")]
-    if H:
-        written = n * D * c.head_width
-        rows += [("state, write" + (" and k S" if c.state_kind == "delta" else ""),
-                  written * (2 if c.state_kind == "delta" else 1), True, None), ("state, r S", written, True, None)]
+    c, rows = student.config, operations(student)
+    matrix = c.state_kind != "vector"
+
+    def macs(*products: str) -> int:
+        return sum(row["MACs"] for row in rows if row["product"] in products)
+    table = [("k, v, r, gate and beta" if matrix else "k, v, r", macs("W_k", "W_v", "W_r", "W_g", "W_b"), True, "mix_in"),
+             ("W_o", macs("W_o"), True, "mix_out"), ("W_1", macs("W_1"), True, "ffn_in"),
+             ("W_2", macs("W_2"), True, "ffn_hidden"), ("head", macs("head"), False, "head_in")]
+    if matrix:  # the write, an outer product, has an entry for each that is read
+        table += [("state, write" + (" and k S" if c.state_kind == "delta" else ""), macs("r S", "k S"), True, None),
+                  ("state, r S", macs("r S"), True, None)]
     spiking = c.spike_kind != "dense"
-    return [{"product": product, "macs": macs, "layers": layers, "site": site,
+    return [{"product": product, "macs": count, "layers": layers, "site": site,
              "fed": spiking and (site in c.spike_sites if site else product != "state, r S")}
-            for product, macs, layers, site in rows]
+            for product, count, layers, site in table]
 
 
 def match_teacher(recipe: Recipe, teacher: Teacher) -> tuple[Recipe, list[str]]:
@@ -5123,14 +5173,18 @@ def compile_step(student: GooseForCausalLM) -> GooseForCausalLM:
     return student
 
 
-def int8_linear(linear: nn.Linear) -> nn.Module:
-    """A Linear with int8 weights, activations quantised as they come (`torch.ao` dynamic quantisation); CPU only."""
+def _quantized(module: nn.Module, what: Any) -> nn.Module:
     quantize = import_optional("torch.ao.quantization").quantize_dynamic
     with warnings.catch_warnings():  # a notice of deprecation at each call
         warnings.simplefilter("ignore")
-        plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        plain.load_state_dict({k: v.detach().clone().float().cpu() for k, v in linear.state_dict().items()})
-        return quantize(nn.Sequential(plain), {nn.Linear}, dtype=torch.qint8)[0]
+        return quantize(nn.Sequential(module), what, dtype=torch.qint8)[0]
+
+
+def int8_linear(linear: nn.Linear) -> nn.Module:
+    """A Linear with int8 weights, activations quantised as they come (`torch.ao` dynamic quantisation); CPU only."""
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    plain.load_state_dict({k: v.detach().clone().float().cpu() for k, v in linear.state_dict().items()})
+    return _quantized(plain, {nn.Linear})
 
 
 class Int8Embedding(nn.Module):
@@ -5147,12 +5201,9 @@ class Int8Embedding(nn.Module):
 
 def int8_embedding(embedding: nn.Embedding) -> nn.Module:
     """An Embedding with rows in int8, each with a scale and an offset (`torch.ao` quantisation of weights); CPU only."""
-    library = import_optional("torch.ao.quantization")
-    with warnings.catch_warnings():  # a notice of deprecation at each call
-        warnings.simplefilter("ignore")
-        plain = nn.Embedding(*embedding.weight.shape, _weight=embedding.weight.detach().float().cpu())
-        packed = library.quantize_dynamic(nn.Sequential(plain), {nn.Embedding: library.float_qparams_weight_only_qconfig})[0]
-    return Int8Embedding(packed)
+    rows = import_optional("torch.ao.quantization").float_qparams_weight_only_qconfig
+    plain = nn.Embedding(*embedding.weight.shape, _weight=embedding.weight.detach().float().cpu())
+    return Int8Embedding(_quantized(plain, {nn.Embedding: rows}))
 
 
 @torch.no_grad()
@@ -5414,45 +5465,6 @@ class EnergyMeter:
         return (self.joules() - begin - idle * (time.perf_counter() - clock)) / calls
 
 
-def operations(student: GooseForCausalLM, density: dict[str, float] | None = None) -> list[dict[str, Any]]:
-    """What one token costs, product by product: {"layer", "product", "site", "MACs", "density", "adds", "skipped"}.
-
-    MACs are those of the dense form, whose sum FlopCounterMode finds too. Where spikes feed a product, `adds` are the
-    additions that the {"layer.site": density} leave, `skipped` the rest; elsewhere adds are 0 and nothing is skipped. The
-    last row of a layer, "state", is its elementwise update: one multiplication by the decay for each entry.
-    """
-    c, density, rows = student.config, density or {}, []
-    matrix, delta = c.state_kind != "vector", c.state_kind == "delta"
-    D, width, heads = c.d_model, c.ffn_width, c.d_model // c.head_width
-    sites = ("mix_in.k", "mix_in.v", "mix_in.r", "mix_in.g", "k", "v", "mix_out", "ffn_in", "ffn_hidden")
-    reject_unknown(density, ["head_in", *(f"{layer}.{site}" for layer in range(c.n_layer) for site in sites)], "density")
-
-    def add(layer: int | None, product: str, site: str | None, macs: int, fed: bool) -> None:
-        share = density.get(f"{layer}.{site}" if layer is not None else site, 1.0) if fed else 1.0
-        adds = round(macs * share) if fed else 0
-        rows.append({"layer": "-" if layer is None else layer, "product": product, "site": site or "-", "MACs": macs,
-                     "density": share, "adds": adds, "skipped": macs - adds if fed else 0, "state updates": 0})
-
-    spiking = c.spike_kind != "dense"
-    for layer in range(c.n_layer):
-        for name, linear in (("k", "W_k"), ("v", "W_v"), ("r", "W_r"), *((("g", "W_g"),) if matrix else ())):
-            add(layer, linear, f"mix_in.{name}", D * D, spiking and "mix_in" in c.spike_sites)
-        if delta:
-            add(layer, "W_b", "mix_in.k", D * heads, spiking and "mix_in" in c.spike_sites)
-        for product, site, macs in (("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * width), ("W_2", "ffn_hidden", D * width)):
-            add(layer, product, site, macs, spiking and site in c.spike_sites)
-        if delta:
-            add(layer, "k S", "k", D * c.head_width, spiking)
-        if matrix:
-            add(layer, "r S", None, D * c.head_width, False)
-        state = D * c.head_width if matrix else D
-        share = density.get(f"{layer}.k", 1.0) if spiking else 1.0
-        rows.append({"layer": layer, "product": "state", "site": "k", "MACs": 0, "density": share, "skipped": 0,
-                     "adds": round(state * share) if spiking else 0, "state updates": state if spiking else 2 * state})
-    add(None, "head", "head_in", D * c.vocab_size, spiking and "head_in" in c.spike_sites)
-    return rows
-
-
 def energy_estimate(rows: list[dict[str, Any]], bytes_read: int) -> dict[str, float]:
     """Joules per token of the rows of `operations`, estimated with ENERGY, in three columns.
 
@@ -5461,13 +5473,12 @@ def energy_estimate(rows: list[dict[str, Any]], bytes_read: int) -> dict[str, fl
     byte that a token reads from memory, `bytes_read`: that column is the one to compare systems by.
     """
     layers = [row for row in rows if row["product"] != "head"]
-    head = [row for row in rows if row["product"] == "head"]
 
     def sums(some: list[dict[str, Any]], spike: float) -> float:
         return sum((row["MACs"] - row["skipped"] - row["adds"] if row["product"] != "state" else 0) * ENERGY["MAC"]
                    + row["adds"] * spike + row["state updates"] * ENERGY["MAC"] for row in some)
     return {"as built": sums(rows, ENERGY["MAC"]), "idealised": sums(layers, ENERGY["add"]),
-            "idealised, with DRAM and head": sums(layers + head, ENERGY["add"]) + bytes_read * ENERGY["DRAM byte"]}
+            "idealised, with DRAM and head": sums(rows, ENERGY["add"]) + bytes_read * ENERGY["DRAM byte"]}
 
 
 @dataclass

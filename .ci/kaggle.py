@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from notebooks import KERNELSPEC, ROOT, Stop, read_source, series, set_ids, tags  # noqa: E402
+from notebooks import KERNELSPEC, ROOT, Stop, exit_code, read_source, series, set_ids, tags  # noqa: E402
 
 DATASET = "asnn-goose"
 # The later notebooks need a student whose products are fed by spikes, so this is what the series passes on.
@@ -332,6 +332,32 @@ def run(names=()):
         print(f"\n{len(chosen)} notebooks, {time.time() - begin:.0f} s")
 
 
+def assigned(pairs):
+    """{name: value} of NAME=VALUE pairs: literals, else words; raises Stop for anything else."""
+    values = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise Stop(f"--set {pair} is not NAME=VALUE.")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value  # a word
+    return values
+
+
+def carry_out(options):
+    if options.command == "run":
+        run(options.names)
+    elif options.command == "dataset":
+        metadata = dataset_folder(options.target, owner_of(options.owner), options.attach)
+        print(f"{options.target}: {metadata['id']}; next: kaggle datasets create -p {options.target} --dir-mode zip")
+    else:
+        values = assigned(options.set)
+        metadata = push_folder(options.notebook, options.target, owner_of(options.owner), options.offline, values)
+        print(f"{options.target}: {metadata['id']}; next: kaggle kernels push -p {options.target}")
+
+
 def main(arguments=None):
     if sys.argv[1:2] == ["enter"] and arguments is None:
         enter(Path(sys.argv[2]), sys.argv[3:])
@@ -350,32 +376,7 @@ def main(arguments=None):
         one.add_argument("target", help="a folder to make")
         one.add_argument("--owner", help="your Kaggle user name (default: KAGGLE_USERNAME)")
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "run":
-            run(options.names)
-        elif options.command == "dataset":
-            metadata = dataset_folder(options.target, owner_of(options.owner), options.attach)
-            print(f"{options.target}: {metadata['id']}; next: kaggle datasets create -p {options.target} --dir-mode zip")
-        else:
-            values = {}
-            for pair in options.set:
-                name, found, value = pair.partition("=")
-                if not found:
-                    raise Stop(f"--set {pair} is not NAME=VALUE.")
-                try:
-                    values[name] = ast.literal_eval(value)
-                except (ValueError, SyntaxError):
-                    values[name] = value  # a word
-            owner = owner_of(options.owner)
-            metadata = push_folder(options.notebook, options.target, owner, options.offline, values)
-            print(f"{options.target}: {metadata['id']}; next: kaggle kernels push -p {options.target}")
-    except Stop as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: carry_out(options))
 
 
 if __name__ == "__main__":

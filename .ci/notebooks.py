@@ -417,6 +417,18 @@ def check():
     return 1 if findings else 0
 
 
+def exit_code(command):
+    """Runs a command and returns its exit code; a Stop and an interruption are told in one sentence."""
+    try:
+        return command() or 0
+    except Stop as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
+        return 130
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -430,20 +442,9 @@ def main(arguments=None):
             command.add_argument("--profile", default="cpu", help="size of the experiments (default: cpu)")
             command.add_argument("--timeout", type=int, default=1800, help="seconds that one cell may take")
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "check":
-            return check()
-        if options.command == "build":
-            build(options.names, options.profile, options.timeout)
-        else:
-            run(options.names)
-    except Stop as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    commands = {"check": check, "run": lambda: run(options.names),
+                "build": lambda: build(options.names, options.profile, options.timeout)}
+    return exit_code(commands[options.command])
 
 
 if __name__ == "__main__":
