@@ -450,8 +450,11 @@ def _history() -> dict[str, Recipe]:
                              corpus="wikitext-103", max_hours=6.0, seq_len=512, batch_size=8, grad_accum=4,
                              distill_steps=12_000, align_steps=2000, eval_every=500, patience=12_000,
                              warmup_ratio=0.05)
+    # The width of gpt2-xl, four of its seven layers: 1.01B parameters, for GPUs that share the weights out.
+    v14_4_1b = v14_4_t4.replace(name="v14.4-1b", changed="v14.4-t4 at 1.0B parameters, from GPT-2 XL", outcome="never run",
+                                teacher="gpt2-xl", d_model=1600, n_layer=28, max_hours=None, batch_size=16, grad_accum=2)
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
-                                v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_vector, v14_4_t4)}
+                                v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_vector, v14_4_t4, v14_4_1b)}
 
 
 RECIPES: dict[str, Recipe] = _history()
@@ -2070,6 +2073,8 @@ def several_processes() -> Any:
     """accelerate's PartialState where a launcher has started more than one process, else None."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
+    # With --use_fsdp transformers would load a teacher in one process and leave it empty in the others.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return import_optional("accelerate").PartialState(cpu=select_device()[0].type == "cpu")
 
 
@@ -2609,6 +2614,21 @@ def orthogonalise(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.flo
     return x.t() if matrix.shape[0] > matrix.shape[1] else x
 
 
+@torch.no_grad()
+def orthogonalise_shared(shares: list[Tensor], steps: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """`orthogonalise` of matrices (m, n) that lie in parts on several processes (DTensor), at most as many as there are
+    processes: each gathers them all, works on one, and gets its part of the others from those who worked on them."""
+    distributed, tensor = importlib.import_module("torch.distributed"), importlib.import_module("torch.distributed.tensor")
+    whole = [share.full_tensor() for share in shares]
+    results = [torch.empty_like(x, dtype=dtype) for x in whole]
+    if (rank := distributed.get_rank()) < len(whole):
+        results[rank] = orthogonalise(whole[rank], steps, dtype).contiguous()
+    for source, result in enumerate(results):
+        distributed.broadcast(result, source)
+    return [tensor.distribute_tensor(result, share.device_mesh, share.placements, src_data_rank=None)
+            for result, share in zip(results, shares)]
+
+
 class Muon(torch.optim.AdamW):
     """Muon [13] for the group called "matrices", AdamW for the others, as one optimiser: one state, one schedule, one
     step of a GradScaler.
@@ -2632,22 +2652,30 @@ class Muon(torch.optim.AdamW):
             self.dtype = {"fp32": torch.float32, "fp16": torch.float16,
                           "bf16": torch.bfloat16}[select_precision(groups[0]["params"][0].device)[0]]
         for group in groups:
-            for p in group["params"] if group.get("name") == "matrices" else ():
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    # AdamW looks for "step" in every state that is loaded.
-                    state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
-                update = orthogonalise(p.grad.lerp(buffer, self.momentum), dtype=self.dtype)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+            matrices = [p for p in group["params"] if group.get("name") == "matrices" and p.grad is not None]
+            shares = matrices[0].device_mesh.size() if matrices and hasattr(matrices[0], "device_mesh") else 1
+            for first in range(0, len(matrices), shares):
+                some = matrices[first:first + shares]
+                directions = [self._direction(p) for p in some]
+                updates = (orthogonalise_shared(directions, dtype=self.dtype) if shares > 1
+                           else [orthogonalise(directions[0], dtype=self.dtype)])
+                for p, update in zip(some, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
         try:
             self.param_groups = [group for group in groups if group.get("name") != "matrices"]
             super().step()
         finally:
             self.param_groups = groups
+
+    def _direction(self, p: Tensor) -> Tensor:
+        """Momentum and Nesterov's step of the gradient of p (m, n)."""
+        state = self.state[p]
+        if not state:
+            # AdamW looks for "step" in every state that is loaded.
+            state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(p))
+        buffer = state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
+        return p.grad.lerp(buffer, self.momentum)
 
 
 def peak_memory_gb() -> float:
@@ -2693,6 +2721,114 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class ShardedObjective:
+    """An objective for `accelerate launch --use_fsdp`: a process holds its part of the matrices, of their gradients and
+    of the optimiser's state (FSDP2, torch's fully_shard), and all of the vectors.
+
+    `model`, a copy in parts, is trained. The objective itself waits on the CPU and is brought up to date by `gather`, so
+    that evaluation, early stopping and checkpoints are those of a single process, and a checkpoint fits any number of
+    them. Sharding is not left to accelerate, which has none on a CPU, where this is tested. Every process must make
+    every call.
+    """
+
+    def __init__(self, objective: nn.Module, device: torch.device):
+        fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
+        self.distributed = importlib.import_module("torch.distributed")
+        self.distribute_tensor = importlib.import_module("torch.distributed.tensor").distribute_tensor
+        self.device, self.objective = device, objective.cpu()
+        alike = [getattr(objective, name, None) for name in ("_outside", "kill_switch")]  # the teacher is not copied
+        self.model = copy.deepcopy(objective, {id(x): x for x in alike})
+        self.mesh = self.distributed.init_device_mesh(device.type, (self.distributed.get_world_size(),))
+        whole = {p for p in self.model.parameters() if p.dim() < 2}
+        for part in (*transformer_blocks(self.model.student), self.model):
+            fully_shard(part, mesh=self.mesh, ignored_params=whole)
+        self.model.to(device)
+        self.vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        self.matrices = [p for p in self.model.parameters() if p.dim() >= 2]
+
+    def part(self, value: Tensor, like: Tensor) -> Tensor:
+        """This process's part of a whole tensor, where `like` is in parts."""
+        if not hasattr(like, "device_mesh"):
+            return value
+        return self.distribute_tensor(value.to(self.device), self.mesh, like.placements, src_data_rank=None)
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Writes the objective's weights into the parts."""
+        for part, whole in zip((*self.model.parameters(), *self.model.buffers()),
+                               (*self.objective.parameters(), *self.objective.buffers())):
+            part.copy_(self.part(whole, part))
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Writes the weights into the objective."""
+        for part, whole in zip(self.model.parameters(), self.objective.parameters()):
+            whole.copy_(part.full_tensor() if hasattr(part, "device_mesh") else part)
+        self.broadcast_buffers()
+        for part, whole in zip(self.model.buffers(), self.objective.buffers()):
+            whole.copy_(part)
+
+    def broadcast_buffers(self) -> None:
+        """The first process's buffers, for all: what DistributedDataParallel does before each forward."""
+        for buffer in self.model.buffers():
+            self.distributed.broadcast(buffer, 0)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The objective, up to date and on the device for the length of the block."""
+        self.gather()
+        self.objective.to(self.device)
+        try:
+            yield
+        finally:
+            self.objective.cpu()
+
+    def average_vectors(self) -> None:
+        """Averages the gradients of the vectors over the processes, as fully_shard does those of the matrices."""
+        gradients = [p.grad for p in self.vectors if p.grad is not None]
+        flat = nn.utils.parameters_to_vector(gradients)
+        self.distributed.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / self.mesh.size(), gradients)
+
+    def clip_grad_norm_(self, limit: float) -> float:
+        """torch.nn.utils.clip_grad_norm_ over matrices and vectors; the norm before."""
+        groups = [[p.grad for p in group if p.grad is not None] for group in (self.matrices, self.vectors)]
+        norms = [nn.utils.get_total_norm(group) for group in groups if group]
+        norm = math.hypot(*(float(x.full_tensor() if hasattr(x, "device_mesh") else x) for x in norms))
+        for gradient in itertools.chain(*groups):
+            gradient.mul_(min(1.0, limit / (norm + 1e-6)))
+        return norm
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """What the optimiser's state_dict is in a single process; empty in all processes but the first."""
+        saved, keep = optimizer.state_dict(), self.distributed.get_rank() == 0
+        state = {i: {name: x.full_tensor().cpu() if hasattr(x, "device_mesh") else x for name, x in values.items()}
+                 for i, values in saved["state"].items()}
+        return {**saved, "state": state} if keep else {}
+
+    def load_optimizer(self, optimizer: Any, saved: dict[str, Any]) -> None:
+        """The counterpart of optimizer_state."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {i: {name: self.part(x, parameters[i]) if isinstance(x, Tensor) and x.dim() else x
+                     for name, x in values.items()} for i, values in saved["state"].items()}
+        optimizer.load_state_dict({**saved, "state": state})
+
+
+def shares_of_weights() -> int:
+    """Processes that `accelerate launch --use_fsdp` shares the weights out to; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
+
+
+@contextlib.contextmanager
+def _without_environment(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
 def _schedule(optimizer: torch.optim.Optimizer, config: FitConfig) -> Any:
     """Warm-up and fall to zero, once for the alignment and once for the rest of the run."""
     get_scheduler = import_optional("transformers").get_scheduler
@@ -2711,7 +2847,8 @@ def _schedule(optimizer: torch.optim.Optimizer, config: FitConfig) -> Any:
 def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         evaluate_now: Callable[[], dict[str, float]] | None = None, folder: Path | None = None,
         description: str = "training", max_steps: int | None = None) -> FitResult:
-    """Trains `objective` (Distiller or LanguageModelling), leaving the best weights in it.
+    """Trains `objective` (Distiller or LanguageModelling), leaving the best weights in it. Several processes
+    (`accelerate launch`) share each batch out, with `--use_fsdp` the weights too (ShardedObjective).
 
     Args:
         evaluate_now: returns {"ppl": ..., ...} on validation data; called every `eval_every` steps and at the end.
@@ -2729,23 +2866,30 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     precision, _ = select_precision(device, config.precision)
     # One process fits several models, each with its own precision; accelerate keeps the first one otherwise.
     accelerate.state.AcceleratorState._reset_state()
-    accelerator = accelerate.Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision),
-                                         cpu=device.type == "cpu", project_dir=folder,
-                                         log_with=config.tracker if folder else None)
+    sharded = shares_of_weights() > 1
+    require(not (sharded and precision == "fp16"), "precision with --use_fsdp", precision,
+            "bf16, on GPUs of compute capability 8.0 and above, or fp32")
+    with _without_environment("ACCELERATE_USE_FSDP"):  # see ShardedObjective
+        accelerator = accelerate.Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision),
+                                             cpu=device.type == "cpu", project_dir=folder,
+                                             log_with=config.tracker if folder else None)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     require(config.batch_size % world == 0, "batch_size", config.batch_size, f"a multiple of the {world} processes")
-    spread = accelerator.distributed_type.value  # sharded weights would be saved and evaluated in parts
-    require(spread not in ("FSDP", "DEEPSPEED", "MEGATRON_LM"), "accelerate's distributed_type", spread,
-            "NO, MULTI_CPU, MULTI_GPU (accelerate launch --multi_gpu), in which every process holds all weights")
+    spread = accelerator.distributed_type.value
+    require(spread not in ("DEEPSPEED", "MEGATRON_LM"), "accelerate's distributed_type", spread,
+            "NO, MULTI_CPU, MULTI_GPU (accelerate launch --multi_gpu) or FSDP (accelerate launch --use_fsdp)")
+    require_finite(objective, "the model to train")
     seed_everything(config.seed)
     objective.train()
-    groups = parameter_groups(objective, config.weight_decay, config.lr, config.matrix_lr)
+    shards = ShardedObjective(objective, accelerator.device) if sharded else None
+    trained = shards.model if shards else objective
+    groups = parameter_groups(trained, config.weight_decay, config.lr, config.matrix_lr)
     if config.optimizer == "muon":
         optimizer = Muon(groups, config.lr, (0.9, config.beta2))
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
     scheduler = _schedule(optimizer, config)
-    model, optimizer = accelerator.prepare(objective, optimizer)
+    model, optimizer = (trained, accelerator.prepare(optimizer)) if shards else accelerator.prepare(trained, optimizer)
     if hasattr(objective, "place_teacher"):
         objective.place_teacher(accelerator.device)
 
@@ -2755,7 +2899,6 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     identity = {**{k: v for k, v in dataclasses.asdict(config).items() if k not in (
         "max_hours", "save_every", "precision", "log_every", "tracker")}, "data": sampler.fingerprint()}
     path = folder / "checkpoint.pt" if folder else None
-    require_finite(objective, "the model to train")
     if hasattr(objective, "teacher"):
         require_finite(objective.teacher, "the teacher")
     for stale in folder.glob(".checkpoint.pt.*.tmp") if folder and main else ():
@@ -2779,7 +2922,11 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 raise ValueError(f"{path} was made with {name} {saved['identity'].get(name)!r} and this run has "
                                  f"{value!r}; choose another run name or the same settings.")
         objective.load_state_dict(saved["objective"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if shards:
+            shards.scatter()
+            shards.load_optimizer(optimizer, saved["optimizer"])
+        else:
+            optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         if accelerator.scaler is not None and saved["scaler"]:
             accelerator.scaler.load_state_dict(saved["scaler"])
@@ -2805,9 +2952,12 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         states = [_random_state()]
         if world > 1:
             states = accelerate.utils.gather_object(states)
+        if shards:
+            shards.gather()
+        moments = shards.optimizer_state(optimizer) if shards else optimizer.state_dict()
         if main and path:
             payload = {
-                "identity": identity, "objective": objective.state_dict(), "optimizer": optimizer.state_dict(),
+                "identity": identity, "objective": objective.state_dict(), "optimizer": moments,
                 "scheduler": scheduler.state_dict(), "random": states, "stopper": dict(vars(stopper)), "log": log,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
                 "step": step, "nonfinite": nonfinite, "scaler_skips": scaler_skips, "best": best, "stopped": stopped,
@@ -2837,7 +2987,11 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 start = step * per_step + micro * config.batch_size + rank * share
                 inputs, labels = (t.to(accelerator.device) for t in sampler.batch(start, share))
                 last = micro + 1 == config.grad_accum
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                if shards:
+                    shards.broadcast_buffers()
+                    model.set_requires_gradient_sync(last)
+                with (accelerator.autocast() if shards else contextlib.nullcontext() if last
+                      else accelerator.no_sync(model)):
                     loss, terms = model(inputs, labels, step=step, want_ce=want_ce)
                     value = float(loss.detach())
                     if agreed(float(not math.isfinite(value))):
@@ -2850,7 +3004,10 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                     sums[name] = sums.get(name, 0.0) + float(term.detach()) / config.grad_accum
             whole = False
             norm, collapsed = math.nan, False
-            if not culprit:
+            if not culprit and shards:
+                shards.average_vectors()
+                norm = shards.clip_grad_norm_(config.clip)
+            elif not culprit:
                 norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip))
             if not culprit and not math.isfinite(norm):
                 # A GradScaler skips the step itself and halves its scale; below 1 that has stopped helping.
@@ -2889,7 +3046,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
             bar.update(1)
             if evaluate_now and (step % config.eval_every == 0 or step == config.steps
                                  or step in getattr(objective, "boundaries", ())):
-                measured = [evaluate_now()]
+                with shards.evaluating() if shards else contextlib.nullcontext():
+                    measured = [evaluate_now()]
                 if world > 1:  # the same to the last bit
                     accelerate.utils.broadcast_object_list(measured)
                 objective.train()
@@ -2921,7 +3079,11 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         bar.close()
         for tracker in accelerator.trackers:  # end_training would end the process group too
             tracker.finish()
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast ends with the training
+        if not shards:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # autocast ends with the training
+    if shards:
+        shards.gather()
+        objective.to(accelerator.device)
     if best is not None:
         objective.load_state_dict(best)
     optimizer.zero_grad(set_to_none=True)
@@ -3399,8 +3561,9 @@ def distil(task: Task, recipe: Recipe, config: FitConfig, folder: Path | None = 
     return student.to(device), result
 
 
-def training_memory(recipe: Recipe, vocab_size: int, teacher_parameters: int) -> dict[str, int]:
-    """{part: bytes} that a run in half precision takes of a GPU: an estimate, by arithmetic.
+def training_memory(recipe: Recipe, vocab_size: int, teacher_parameters: int, shares: int = 1) -> dict[str, int]:
+    """{part: bytes} that a run in half precision takes of a GPU, of `shares` that share the weights out: an estimate,
+    by arithmetic.
 
     Kept for backward, per token and layer: about 46 D values in half precision (projections, norms, feed-forward of
     width 4D) and 20 D in fp32 for the recurrence; three steps of the full size on a CPU kept 173 bytes per token, layer
@@ -3410,7 +3573,7 @@ def training_memory(recipe: Recipe, vocab_size: int, teacher_parameters: int) ->
         count = count_parameters(GooseForCausalLM(recipe.student_config(vocab_size)))
     head, tokens = vocab_size * recipe.d_model, recipe.batch_size * recipe.seq_len
     return {"teacher weights, fp32": 4 * teacher_parameters,
-            "student weights, gradients, at most two moments, fp32": 16 * count,
+            "student weights, gradients, at most two moments, fp32": 16 * count // shares,
             "half-precision copies under autocast": 2 * (count + head),
             "activations kept for backward": tokens * recipe.n_layer * recipe.d_model * (46 * 2 + 20 * 4),
             "gradient of the head, fp32": 4 * head, "logit chunks of the loss": LOGIT_BUDGET["cuda"],
@@ -3464,9 +3627,12 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
     if task is not None:
         teacher = task.teacher.model
         vocabulary = teacher.get_input_embeddings().weight.shape[0]
-        parts = training_memory(task.recipe, vocabulary, count_parameters(teacher))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        mine = task.recipe.replace(batch_size=max(1, task.recipe.batch_size // world))
+        parts = training_memory(mine, vocabulary, count_parameters(teacher), shares_of_weights())
         needed, result = sum(parts.values()), None
-        writes = 2 * parts["student weights, gradients, at most two moments, fp32"]  # old checkpoint and new one
+        # The old checkpoint and the new one, of whole weights.
+        writes = 2 * shares_of_weights() * parts["student weights, gradients, at most two moments, fp32"]
         row("disk, needed", f"{writes / GB:.2f} GB", "two checkpoints, estimated")
         if free < writes:
             advice.append(f"The disk has {free / GB:.1f} GB free and the run needs {writes / GB:.1f} GB (estimated): "

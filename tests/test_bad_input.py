@@ -40,7 +40,7 @@ def refused(record_property):
 
 
 @pytest.mark.parametrize("call, sentence", [
-    (lambda: asnn.get_recipe("v99"), r"recipe is 'v99'; allowed: v4, v6, .*v14\.4-t4\."),
+    (lambda: asnn.get_recipe("v99"), r"recipe is 'v99'; allowed: v4, v6, .*v14\.4-1b\."),
     (lambda: asnn.get_recipe("v14.4", learning_rate=1e-3), r"Recipe has no field learning_rate; it has: .*\blr\b.*\."),
     (lambda: asnn.PROFILES["cpu"].replace(layers=3), r"Profile has no field layers; it has: .*teacher_layers.*\."),
     (lambda: asnn.FitConfig.from_recipe(asnn.RECIPES["v14.4"], epochs=3),
@@ -282,11 +282,21 @@ def test_a_damaged_student_is_refused(refused, finished, damage, name, sentence)
 # ---- weights and checkpoints
 
 
-def test_sharded_weights_are_refused_before_anything_is_saved(refused, tmp_path, distillation, monkeypatch):
+def test_deepspeed_is_refused_before_anything_is_saved(refused, tmp_path, distillation, monkeypatch):
     import accelerate
-    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.DEEPSPEED)
     refused(lambda: asnn.fit(*distillation(), folder=tmp_path / "run"), ValueError,
-            r"accelerate's distributed_type is 'FSDP'; allowed: NO, MULTI_CPU, MULTI_GPU .*\.")
+            r"accelerate's distributed_type is 'DEEPSPEED'; allowed: NO, MULTI_CPU, MULTI_GPU .* or FSDP .*\.")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_is_refused_where_the_weights_are_shared_out(refused, tmp_path, distillation, monkeypatch):
+    objective, sampler, settings = distillation()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(lambda: asnn.fit(objective, sampler, dataclasses.replace(settings, precision="fp16"), folder=tmp_path / "run"),
+            ValueError, r"precision with --use_fsdp is 'fp16'; allowed: bf16, on GPUs of compute capability 8\.0 and above, "
+                        r"or fp32\.")
     assert not (tmp_path / "run").exists()
 
 

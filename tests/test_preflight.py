@@ -112,6 +112,9 @@ def test_the_estimate_of_the_long_run_fits_a_t4_and_grows_with_the_batch():
     recipe = asnn.get_recipe("v14.4-t4")
     parts = asnn.training_memory(recipe, 50257, 124_439_808)
     assert 5 < sum(parts.values()) / 2**30 < 14 and parts["teacher weights, fp32"] == 4 * 124_439_808
+    shared = asnn.training_memory(recipe, 50257, 124_439_808, shares=8)
+    moments = "student weights, gradients, at most two moments, fp32"
+    assert shared[moments] == parts[moments] // 8 and shared == {**parts, moments: shared[moments]}
     double = asnn.training_memory(recipe.replace(batch_size=2 * recipe.batch_size), 50257, 124_439_808)
     assert {k for k in parts if double[k] != parts[k]} == {"activations kept for backward"}
     assert double["activations kept for backward"] == 2 * parts["activations kept for backward"]

@@ -253,6 +253,28 @@ run.finish({})
     {"processes": accelerate.PartialState().num_processes, "written": written, **curves}))
 """
 
+SHARDED = SCRIPT + """
+ARGUMENTS = {"v14.3": {}, "v14.4": {"head_width": 8, "lr": 1e-3, "matrix_lr": 1e-3, "ce_start": 0, "anneal_steps": 0,
+                                    "align_steps": 3, "grad_accum": 2}}
+if __name__ == "__main__":
+    place, parts = Path(sys.argv[1]), []
+    keep = asnn.ShardedObjective.optimizer_state
+    asnn.ShardedObjective.optimizer_state = lambda self, optimizer: parts.append((self, optimizer)) or keep(self, optimizer)
+    for name, more in ARGUMENTS.items():
+        made, sampler, settings = objective(name, batch_size=6, **more)
+        asnn.fit(made, sampler, settings, folder=place / name / "begun", max_steps=3)
+        shards, optimizer = parts[-1]
+        held = sum(p.to_local().numel() for p in shards.matrices) + sum(
+            x.to_local().numel() for state in optimizer.state.values() for x in state.values() if hasattr(x, "to_local"))
+        whole = sum(p.numel() for p in shards.matrices) + sum(
+            x.numel() for state in optimizer.state.values() for x in state.values() if hasattr(x, "to_local"))
+        made, sampler, settings = objective(name, batch_size=6, **more)
+        torch.nn.init.zeros_(made.student.goose.embeddings.weight)
+        asnn.fit(made, sampler, settings, folder=place / name / "half")
+        assert all(type(p) is torch.nn.Parameter for p in made.parameters())
+        torch.save({"held": held, "whole": whole, "weights": made.state_dict()}, place / name / f"{os.environ['RANK']}.pt")
+"""
+
 
 def in_a_process(command):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -287,16 +309,21 @@ def one_process(tmp_path_factory):
     return script, json.loads((place / "one.0.json").read_text())
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_the_loss_curve_of_one_and_one_of_them_writes(tmp_path, one_process, count):
-    script, one = one_process
+def launch(script, *arguments, count=2, sharded=False):
+    """The script in several processes, which share the weights out or not."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # --multi_gpu also where there is no GPU: without it accelerate starts a single process.
-    ended = in_a_process(["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", count,
-                          "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, script,
-                          tmp_path / "all"])
+    return in_a_process(["-m", "accelerate.commands.launch", "--use_fsdp" if sharded else "--multi_gpu",
+                         "--num_processes", count, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend",
+                         "no", "--main_process_port", port, script, *arguments])
+
+
+@pytest.mark.parametrize("count, sharded", [(2, False), (4, False), (2, True)])
+def test_several_processes_give_the_loss_curve_of_one_and_one_of_them_writes(tmp_path, one_process, count, sharded):
+    script, one = one_process
+    ended = launch(script, tmp_path / "all", count=count, sharded=sharded)
     assert ended.returncode == 0, ended.stderr[-3000:]
     several = [json.loads((tmp_path / f"all.{rank}.json").read_text()) for rank in range(count)]
     assert one["processes"] == 1 and one["written"]
@@ -306,6 +333,36 @@ def test_several_processes_give_the_loss_curve_of_one_and_one_of_them_writes(tmp
         for name in one.keys() - {"processes", "written", "evaluation"}:
             assert len(one[name]) == (2 if name == "validation" else 6)
             np.testing.assert_allclose(measured[name], one[name], atol=1e-4, rtol=1e-3, err_msg=name)
+
+
+def test_a_run_goes_on_with_its_weights_shared_out_and_back_in_one_process(tmp_path):
+    """Three processes, which divide no matrix evenly; with AdamW, and with Muon and alignment."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    begun = runpy.run_path(str(script))
+    runs = {name: {"batch_size": 6, **more} for name, more in begun["ARGUMENTS"].items()}
+    whole = {}
+    for name, more in runs.items():
+        asnn.fit(*begun["objective"](name, **more), folder=tmp_path / name / "half", max_steps=3)
+        made = begun["objective"](name, **more)
+        asnn.fit(*made)
+        whole[name] = weights(made[0])
+    ended = launch(script, tmp_path, count=3, sharded=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for name, more in runs.items():
+        one, several = (torch.load(tmp_path / name / run / "checkpoint.pt", weights_only=True) for run in ("half", "begun"))
+        assert one["step"] == 6 and several["step"] == 3
+        assert one["optimizer"]["state"].keys() == several["optimizer"]["state"].keys()
+        made = begun["objective"](name, **more)
+        asnn.fit(*made, folder=tmp_path / name / "begun")
+        ends = {"begun": weights(made[0])}
+        for rank in range(3):
+            saved = torch.load(tmp_path / name / f"{rank}.pt", weights_only=True)
+            assert saved["held"] < 0.45 * saved["whole"]
+            ends[f"half, process {rank}"] = saved["weights"]
+        for end, values in ends.items():
+            for part, value in whole[name].items():
+                torch.testing.assert_close(values[part], value, rtol=1e-3, atol=2e-5, msg=f"{name}, {end}, {part}")
 
 
 # ---- ends of a run
