@@ -6,10 +6,10 @@ Contents
     2  Spikes          ternary_spike, SpikeStatistics, TernarySpike, SpikeEncoder
     3  Recurrence      recurrence_reference, _chunked, _step, _cumsum; matrix_recurrence_reference, _chunked, _step
     4  Model           GooseState, TimeMix, MatrixTimeMix, GooseBlock, GooseModel, GooseForCausalLM
-    5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, Distiller
+    5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, spike_modules, spike_hooks,
+                       firing_rates, Distiller
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
-    7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_modules, spike_hooks,
-                       spike_density, operations, matrix_products, match_teacher, transfer_weights, calibrate_encoders,
+    7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_density, operations, matrix_products, match_teacher, transfer_weights, calibrate_encoders,
                        build_student, train_teacher, distillation_sampler, load_task, distil, training_memory, preflight
     8  SpikingBrain    wilson_interval, bootstrap_interval, SpikeCapture, record_spikes, SpikeHealthChecker,
                        MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
@@ -184,6 +184,12 @@ STUDENT_CHOICES = {
     "granularity": GRANULARITIES, "estimator": ESTIMATORS, "state_kind": STATES}
 
 
+def check_band(band: tuple[float, float], name: str) -> None:
+    """Raises ValueError unless `band` is two shares in [0, 1], the lower one first."""
+    fits = isinstance(band, (tuple, list)) and len(band) == 2 and all(isinstance(x, (int, float)) for x in band)
+    require(fits and 0 <= band[0] < band[1] <= 1, name, band, "two shares, the lower one first")
+
+
 def check_sites(sites: Iterable[str], name: str = "spike_sites") -> tuple[str, ...]:
     """The sites in the order of SITES. Raises ValueError for one that does not exist, and without k and v."""
     sites = tuple(sites)
@@ -303,6 +309,8 @@ class Recipe:
     lambda_warmup_ratio: float = 0.25
     hidden_weight: float = 0.0
     variance_penalty: float = 0.0
+    rate_weight: float = 0.0
+    rate_band: tuple[float, float] = (0.22, 0.57)
     fdd: str = "none"
     fdd_weight: float = 0.001
     fdd_start: int = 500
@@ -335,11 +343,12 @@ class Recipe:
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
         spike_levels(self.spike_kind)
         check_fields(self, (
-            "matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "weight_decay",
+            "matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "rate_weight", "weight_decay",
             "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps", "seed"),
             ("warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"))
         require(self.beta2 < 1, "Recipe.beta2", self.beta2, "a number in [0, 1)")
         check_sites(self.spike_sites, "Recipe.spike_sites")
+        check_band(self.rate_band, "Recipe.rate_band")
         require(self.align_steps < self.distill_steps, "Recipe.align_steps", self.align_steps,
                 f"less than distill_steps = {self.distill_steps}")
         low, high = (1.0, 21.0) if self.temperature == "paper" else (self.tau_min, self.tau_max)
@@ -358,9 +367,10 @@ class Recipe:
                                                       (pairs.items() if isinstance(pairs, dict) else pairs)))
             except (TypeError, ValueError):
                 require(False, "Recipe.layer_map", pairs, "pairs of a student layer and a teacher layer")
-        for name, what in (("spike_sites", "the names of sites"), ("transfer_layers", "the numbers of teacher layers")):
+        for name, what in (("spike_sites", "None or a list of the names of sites"), ("rate_band", "a list of two shares"),
+                           ("transfer_layers", "None or a list of the numbers of teacher layers")):
             value = overrides.get(name)
-            require(value is None or isinstance(value, (tuple, list)), f"Recipe.{name}", value, f"None or a list of {what}")
+            require(value is None or isinstance(value, (tuple, list)), f"Recipe.{name}", value, what)
             if value is not None:
                 overrides[name] = tuple(value)
         return dataclasses.replace(self, **overrides)
@@ -443,6 +453,8 @@ def _history() -> dict[str, Recipe]:
         ce_weight=0.2, fdd="none", align_steps=833, patience=5000, optimizer="muon", lr=4e-4, matrix_lr=1e-3, beta2=0.95)
     v14_4_sites = v14_4.replace(name="v14.4-sites", changed="v14.4 with every weight product of the layers fed by spikes",
                                 spike_sites=SITES[:-1])
+    v14_4_rates = v14_4_sites.replace(name="v14.4-rates", changed="v14.4-sites with the firing rates of all channels held "
+                                      "in [0.22, 0.57]", rate_weight=10.0)
     v14_4_vector = v14_4.replace(name="v14.4-vector", changed="v14.4 with the founders' vector state",
                                  state_kind="vector")
     # 16,384 tokens a step; at an estimated 10,000 tokens/s of a T4, 12,000 steps are 5.5 hours.
@@ -454,7 +466,7 @@ def _history() -> dict[str, Recipe]:
     v14_4_1b = v14_4_t4.replace(name="v14.4-1b", changed="v14.4-t4 at 1.0B parameters, from GPT-2 XL", outcome="never run",
                                 teacher="gpt2-xl", d_model=1600, n_layer=28, max_hours=None, batch_size=16, grad_accum=2)
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
-                                v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_vector, v14_4_t4, v14_4_1b)}
+                                v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_rates, v14_4_vector, v14_4_t4, v14_4_1b)}
 
 
 RECIPES: dict[str, Recipe] = _history()
@@ -1779,6 +1791,81 @@ def capture_blocks(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int
             handle.remove()
 
 
+def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
+    """{"layer.site": module} of every spike site, in the order of the forward pass; mix_in has one for each of its
+    inputs, "0.mix_in.k". All spikes pass through the module's `spikes`."""
+    found: dict[str, nn.Module] = {}
+    for i, block in enumerate(transformer_blocks(student)):
+        mix, ffn = block.time_mix, block.ffn
+        sites = {**{f"mix_in.{name}": module for name, module in mix.mix_in.items()}, "k": mix.spike_k,
+                 "v": mix.spike_v, "mix_out": mix.mix_out, "ffn_in": ffn.ffn_in, "ffn_hidden": ffn.ffn_hidden}
+        found.update({f"{i}.{name}": getattr(m, "encoder", m) for name, m in sites.items()})
+    found["head_in"] = getattr(getattr(student.get_output_embeddings(), "encode", student.base_model.head_in), "encoder",
+                               student.base_model.head_in)  # a sparse copy (section 9) has encoders inside other modules
+    return {name: m for name, m in found.items() if isinstance(m, (TernarySpike, SpikeEncoder))}
+
+
+@contextlib.contextmanager
+def spike_hooks(student: nn.Module, function: Callable[[str, Tensor], Tensor | None],
+                names: Iterable[str] | None = None) -> Iterator[None]:
+    """Calls function("layer.site", spikes (B, T, C)) wherever a site fires, or those in `names`; what it returns takes
+    the spikes' place, unless that is None. The hooks go with the block, whatever is raised in it.
+
+    Raises ValueError for a site that does not exist.
+    """
+    modules = spike_modules(student)
+    chosen = list(modules) if names is None else list(names)
+    for name in chosen:
+        require(name in modules, "spike site", name, ", ".join(modules) or "none: the student has no spikes")
+    handles = [modules[name].spikes.register_forward_hook(lambda _m, _i, spikes, name=name: function(name, spikes))
+               for name in chosen]
+    compiled = [(block, block.compiled) for block in transformer_blocks(student)]
+    try:
+        for block, _ in compiled:
+            block.compiled = ""  # a compiled step runs no hooks
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block, structure in compiled:
+            block.compiled = structure
+
+
+@contextlib.contextmanager
+def firing_rates(student: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the firing rate of each channel (C,) of every spike site: the counted one, with the gradient of a soft
+    threshold of width theta / 4."""
+    rates: list[Tensor] = []
+    fired: dict[str, Tensor] = {}
+    handles = []
+    for name, module in spike_modules(student).items():
+        def keep(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
+            x = args[0]  # (..., C)
+            if isinstance(module, SpikeEncoder):
+                x = x - module.centre
+                theta = module.alpha.float().abs() * x.float().abs().mean(-1, keepdim=True).detach()
+            else:
+                theta = module.theta(x)[0]
+            x = x.float() if module.kind == "binary" else x.float().abs()
+            soft = torch.sigmoid((x / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
+            rates.append((fired[name] != 0).float().flatten(0, -2).mean(0) + soft - soft.detach())
+        handles.append(module.register_forward_hook(keep))
+    try:
+        with spike_hooks(student, lambda name, spikes: fired.__setitem__(name, spikes.detach())):
+            yield rates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rate_penalty(rates: Iterable[Tensor], band: tuple[float, float]) -> Tensor:
+    """Squared distance from the band, of each channel's rate and of a site's mean, averaged over sites. rates: (C,)."""
+    def outside(rate: Tensor) -> Tensor:
+        return (F.relu(rate - band[1]) + F.relu(band[0] - rate)).square()
+
+    return torch.stack([outside(rate).mean() + outside(rate.mean()) for rate in rates]).mean()
+
+
 def fdd_cka_delta(student: list[tuple[Tensor, Tensor]], teacher: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The founders' feature dynamics loss: mean over layer pairs of 1 - CKA of what the two layers add.
 
@@ -1869,6 +1956,16 @@ class Distiller(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
                 want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """input_ids, labels (B, T) -> loss and its terms, unweighted; `tau` and `lambda` are among them."""
+        if not self.recipe.rate_weight or self.recipe.spike_kind == "dense":  # a dense twin has no rates
+            return self.distillation(input_ids, labels, step, want_ce)
+        with firing_rates(self.student) as rates:
+            loss, terms = self.distillation(input_ids, labels, step, want_ce)
+        terms["rate"] = rate_penalty(rates, self.recipe.rate_band)
+        return loss + self.recipe.rate_weight * terms["rate"], terms
+
+    def distillation(self, input_ids: Tensor, labels: Tensor, step: int,
+                     want_ce: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` returns, without the firing rates."""
         recipe, teacher = self.recipe, self.teacher
         if recipe.anneal_steps:
             for module in self._spikes:
@@ -1978,7 +2075,10 @@ class HubUnavailable(RuntimeError):
     """A corpus or teacher could not be fetched; the message names the ways on."""
 
     def __init__(self, what: str, reason: str):
-        super().__init__(f"{what} could not be fetched from the Hugging Face hub ({reason}): attach it as a Kaggle "
+        online = ""
+        if where_am_i() == "kaggle":
+            online = "switch on Settings > Internet (once the phone number of the account is verified), or "
+        super().__init__(f"{what} could not be fetched from the Hugging Face hub ({reason}): {online}attach it as a Kaggle "
                          "dataset or model, or give a folder that holds it, or use corpus='pydocs' with "
                          "teacher='train', which need no download.")
 
@@ -2171,9 +2271,9 @@ def load_corpus(name: str, max_chars: int | None = None) -> Corpus:
         return _wikitext(name)
     if name == "ref":
         return Corpus.from_folder("ref", _reference_task() / "corpus")
-    if Path(name).is_dir():
-        return Corpus.from_folder(Path(name).name, Path(name))
-    raise ValueError(f"corpus is {name!r}; allowed: pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists.")
+    require(isinstance(name, (str, Path)) and bool(str(name)) and Path(name).is_dir(), "corpus", name,
+            f"pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists")
+    return Corpus.from_folder(Path(name).name, Path(name))
 
 
 # The string that opens a file or follows a line ending in a colon. Parsing 9,600 files properly takes a minute more
@@ -2393,7 +2493,8 @@ def load_teacher(spec: str) -> Teacher:
     ValueError for a folder that cannot be loaded or holds no causal language model (see check_teacher), HubUnavailable
     for an id that cannot be fetched.
     """
-    transformers = import_optional("transformers")
+    require(isinstance(spec, (str, Path)) and bool(str(spec)), "teacher", spec, "gpt2, another hub id, a folder, or train")
+    transformers, spec = import_optional("transformers"), str(spec)
     if spec == "ref":
         spec = str(_reference_task() / "teacher")
     source = Path(spec)
@@ -3175,46 +3276,6 @@ def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, flo
     return gap, gap * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
 
 
-def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
-    """{"layer.site": module} of every spike site, in the order of the forward pass; mix_in has one for each of its
-    inputs, "0.mix_in.k". All spikes pass through the module's `spikes`."""
-    found: dict[str, nn.Module] = {}
-    for i, block in enumerate(transformer_blocks(student)):
-        mix, ffn = block.time_mix, block.ffn
-        sites = {**{f"mix_in.{name}": module for name, module in mix.mix_in.items()}, "k": mix.spike_k,
-                 "v": mix.spike_v, "mix_out": mix.mix_out, "ffn_in": ffn.ffn_in, "ffn_hidden": ffn.ffn_hidden}
-        found.update({f"{i}.{name}": getattr(m, "encoder", m) for name, m in sites.items()})
-    found["head_in"] = getattr(getattr(student.get_output_embeddings(), "encode", student.base_model.head_in), "encoder",
-                               student.base_model.head_in)  # a sparse copy (section 9) has encoders inside other modules
-    return {name: m for name, m in found.items() if isinstance(m, (TernarySpike, SpikeEncoder))}
-
-
-@contextlib.contextmanager
-def spike_hooks(student: nn.Module, function: Callable[[str, Tensor], Tensor | None],
-                names: Iterable[str] | None = None) -> Iterator[None]:
-    """Calls function("layer.site", spikes (B, T, C)) wherever a site fires, or those in `names`; what it returns takes
-    the spikes' place, unless that is None. The hooks go with the block, whatever is raised in it.
-
-    Raises ValueError for a site that does not exist.
-    """
-    modules = spike_modules(student)
-    chosen = list(modules) if names is None else list(names)
-    for name in chosen:
-        require(name in modules, "spike site", name, ", ".join(modules) or "none: the student has no spikes")
-    handles = [modules[name].spikes.register_forward_hook(lambda _m, _i, spikes, name=name: function(name, spikes))
-               for name in chosen]
-    compiled = [(block, block.compiled) for block in transformer_blocks(student)]
-    try:
-        for block, _ in compiled:
-            block.compiled = ""  # a compiled step runs no hooks
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block, structure in compiled:
-            block.compiled = structure
-
-
 @torch.no_grad()
 def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
     """{"layer.site": share of non-zero spikes} over the tokens of input_ids (B, T)."""
@@ -3618,7 +3679,8 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
         if torch.cuda.is_available():
             advice.append(f"The GPU cannot be used, {device_reason}.")
         elif env["platform"] != "local":
-            advice.append(f"This {place} session has no GPU: {click}; without one only small profiles make sense.")
+            offer = " (offered once the phone number of the account is verified)" if env["platform"] == "kaggle" else ""
+            advice.append(f"This {place} session has no GPU: {click}{offer}; without one only small profiles make sense.")
     row("CPU", f"{env['cpu']}, {env['threads']} threads")
     row("precision", chosen, precision_reason)
     outputs = outputs_folder()
@@ -4642,8 +4704,7 @@ class Remediation:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"Remediation.{name}", value, "a number from 0")
         require(0 < self.minority < 0.5, "Remediation.minority", self.minority, "a share above 0 and below 0.5")
-        low, high = self.rate_band
-        require(0 <= low < high <= 1, "Remediation.rate_band", self.rate_band, "two shares, the lower one first")
+        check_band(self.rate_band, "Remediation.rate_band")
         require(isinstance(self.steps, int) and self.steps >= 1, "Remediation.steps", self.steps, "a whole number from 1")
         require(0 < self.lr_scale < math.inf, "Remediation.lr_scale", self.lr_scale, "a number above 0")
 
@@ -4675,55 +4736,29 @@ class RemediationObjective(Distiller):
 
     def __init__(self, student: GooseForCausalLM, teacher: nn.Module, recipe: Recipe, settings: Remediation,
                  layer_of: dict[str, int] | None = None):
-        super().__init__(student, teacher, recipe)
+        weight = settings.rate_weight or recipe.rate_weight
+        super().__init__(student, teacher, recipe.replace(rate_weight=weight, rate_band=settings.rate_band))
         self.settings = settings
         self._layer_of = layer_of or SpikingBrainValidator().layer_of(
             spike_modules(student), len(transformer_blocks(student)), len(transformer_blocks(teacher)))
 
-    @staticmethod
-    def _rate(module: nn.Module, x: Tensor, spikes: Tensor) -> Tensor:
-        """Firing rate of each channel (C,): the counted one, with the gradient of a soft threshold."""
-        if isinstance(module, SpikeEncoder):
-            x = x - module.centre
-            theta = module.alpha.float().abs() * x.float().abs().mean(-1, keepdim=True).detach()
-        else:
-            theta = module.theta(x)[0]
-        x = x.float() if module.kind == "binary" else x.float().abs()
-        soft = torch.sigmoid((x / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
-        return (spikes != 0).float().flatten(0, -2).mean(0) + soft - soft.detach()
-
     def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
                 want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """input_ids, labels (B, T) -> loss and its terms, `rate` and `spike alignment` among them."""
-        rates, fired, handles = [], {}, []
-        low, high = self.settings.rate_band
-        for name, module in spike_modules(self.student).items() if self.settings.rate_weight else ():
-            def keep(module, args, output, name=name):
-                spikes = fired[name]
-                rate = self._rate(module, args[0], spikes.detach())
-                outside = F.relu(rate - high) + F.relu(low - rate)
-                rates.append(outside.square().mean() + (F.relu(rate.mean() - high) + F.relu(low - rate.mean())).square())
-            handles.append(module.register_forward_hook(keep))
-        try:
-            with spike_hooks(self.student, lambda name, spikes: fired.__setitem__(name, spikes)), \
-                    capture_blocks(self.teacher, set(self._layer_of.values()) if self.settings.align_weight else ()) as blocks:
-                loss, terms = super().forward(input_ids, labels, step, want_ce)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self.settings.rate_weight:
-            terms["rate"] = torch.stack(rates).mean()
-            loss = loss + self.settings.rate_weight * terms["rate"]
-        if self.settings.align_weight:
-            errors = []
-            for name, spikes in fired.items():
-                if name.split(".", 1)[-1] in ("k", "v"):
-                    state = blocks[self._layer_of[name]][1][:, 1:]  # position 0 is GPT-2's outlier
-                    target = ternary_targets(state, spikes.shape[-1]).to(spikes.device)
-                    errors.append((spikes[:, 1:].float() - target).square().mean())
-            terms["spike alignment"] = torch.stack(errors).mean()
-            loss = loss + self.settings.align_weight * terms["spike alignment"]
-        return loss, terms
+        if not self.settings.align_weight:
+            return super().forward(input_ids, labels, step, want_ce)
+        fired: dict[str, Tensor] = {}
+        with spike_hooks(self.student, lambda name, spikes: fired.__setitem__(name, spikes)), \
+                capture_blocks(self.teacher, set(self._layer_of.values())) as blocks:
+            loss, terms = super().forward(input_ids, labels, step, want_ce)
+        errors = []
+        for name, spikes in fired.items():
+            if name.split(".", 1)[-1] in ("k", "v"):
+                state = blocks[self._layer_of[name]][1][:, 1:]  # position 0 is GPT-2's outlier
+                target = ternary_targets(state, spikes.shape[-1]).to(spikes.device)
+                errors.append((spikes[:, 1:].float() - target).square().mean())
+        terms["spike alignment"] = torch.stack(errors).mean()
+        return loss + self.settings.align_weight * terms["spike alignment"], terms
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def kernel_metadata(name, owner, names, offline=False):
         "enable_gpu": True,
         "enable_tpu": False,
         "enable_internet": not offline,
-        "machine_shape": "NvidiaTeslaT4",  # two of them; without it a P100 may come, which torch has no kernels for
+        "machine_shape": "NvidiaTeslaT4",  # otherwise a P100 may come, which torch has no kernels for
         "docker_image_pinning_type": "latest",
         "keywords": [],
         "dataset_sources": [f"{owner}/{DATASET}"],
@@ -119,7 +119,9 @@ def push_folder(name, target, owner, offline=False, values=()):
     """Write a notebook without outputs and its kernel-metadata.json; return what the latter says."""
     import nbformat
 
-    (source,) = series(names=[name])[:1]
+    source, *others = series(names=[name])
+    if others:
+        raise Stop(f"{name} is part of several names: {', '.join(path.stem for path in (source, *others))}.")
     values = {**PARAMETERS.get(source.stem, {}), **dict(values)}
     notebook = read_source(source)
     for cell in notebook.cells:
@@ -148,6 +150,10 @@ def dataset_folder(target, owner, attach=()):
     for folder in folders:
         if not folder.is_dir():
             raise Stop(f"--attach {folder} is no folder.")
+    names = [folder.resolve().name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise Stop(f"--attach names two folders {name}: one would take the other's place.")
     metadata = {"title": "ASNN Goose", "id": f"{owner}/{DATASET}", "licenses": [{"name": "MIT"}]}
     target = new_target(target)
     shutil.copy(ROOT / "asnn_common.py", target)

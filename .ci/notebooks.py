@@ -42,7 +42,8 @@ def series(folder=NOTEBOOKS, names=()):
     sources = sorted(Path(folder).glob("asnn_*.py"))
     if not sources:
         raise Stop(f"no notebook asnn_*.py was found in {folder}.")
-    wanted = [Path(name).stem for name in names]
+    # v14.3 and v14_3, with and without the folder and the ending of a file.
+    wanted = [re.sub(r"\.(py|ipynb)$", "", Path(name).name).replace(".", "_") for name in names]
     for name in wanted:
         if not any(name in source.stem for source in sources):
             raise Stop(
@@ -68,6 +69,10 @@ def set_ids(notebook):
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:10]
         seen[digest] = seen.get(digest, 0) + 1
         cell["id"] = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+
+
+# The profiler's word on memory that was allocated before it began, with the time.
+ALLOCATOR_NOTE = re.compile(r"^\[W\d+ .*CPUAllocator\.cpp.*\n?", re.MULTILINE)
 
 
 def last_lines(text):
@@ -117,7 +122,7 @@ def clean_outputs(outputs, root=ROOT):
         cleaned.append(output)
     for output in cleaned:
         if output["output_type"] == "stream":
-            output["text"] = without_places(last_lines(output["text"]), root)
+            output["text"] = without_places(ALLOCATOR_NOTE.sub("", last_lines(output["text"])), root)
     return [output for output in cleaned if output["output_type"] != "stream" or output["text"].strip()]
 
 

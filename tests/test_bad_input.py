@@ -48,14 +48,23 @@ def refused(record_property):
     (lambda: asnn.GooseConfig(layers=3), r"GooseConfig has no field layers; it has: .*n_layer.*\."),
     (lambda: asnn.load_corpus("wikitext"), r"corpus is 'wikitext'; allowed: pydocs, wikitext-2, wikitext-103, ref, or a "
                                            r"folder that exists\."),
+    (lambda: asnn.load_corpus(5), r"corpus is 5; allowed: pydocs, .*"), (lambda: asnn.load_corpus(""), r"corpus is ''; .*"),
+    (lambda: asnn.load_teacher(5), r"teacher is 5; allowed: gpt2, .*"), (lambda: asnn.load_teacher(""), r"teacher is ''; .*"),
     (lambda: asnn.select_profile("huge"), r"profile \(asked for\) is 'huge'; allowed: tiny, cpu, ref, t4\.")])
 def test_an_unknown_name_is_refused_with_those_that_exist(refused, call, sentence):
     refused(call, ValueError, sentence)
 
 
+@pytest.mark.parametrize("band", [(0.6, 0.2), (-0.1, 0.5), (0.2, 1.1), (0.2,), (0.1, 0.2, 0.3), ("0.1", "0.5"), 0.5])
+def test_a_band_of_rates_is_two_shares(refused, band):
+    allowed = "a list of two shares" if band == 0.5 else "two shares, the lower one first"
+    refused(lambda: asnn.get_recipe("v14.4-rates", rate_band=band), ValueError,
+            rf"Recipe\.rate_band is {re.escape(repr(band))}; allowed: {allowed}\.")
+
+
 # ---- numbers
 
-ZERO = {"Recipe": {"matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty",
+ZERO = {"Recipe": {"matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "rate_weight",
                    "weight_decay", "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start",
                    "anneal_steps", "seed", "warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"},
         "FitConfig": {"matrix_lr", "weight_decay", "min_delta", "align_steps", "seed", "nonfinite_limit", "beta2",

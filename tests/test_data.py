@@ -274,6 +274,12 @@ def test_without_the_hub_one_sentence_names_the_ways_on(inputs, no_hub, load, na
     assert not (inputs.parent / "own-cache" / "corpora").exists(), "another corpus was taken instead"
 
 
+def test_on_kaggle_the_switch_of_the_internet_is_named_first(inputs, no_hub, monkeypatch):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    with pytest.raises(asnn.HubUnavailable, match=f"switch on Settings > Internet .* verified\\), or {WAYS_ON}"):
+        asnn.load_teacher("gpt2")
+
+
 @pytest.mark.parametrize("load, name", [(asnn.load_corpus, "wikitext-2"), (asnn.load_teacher, "gpt2")])
 def test_a_hub_error_without_a_message_is_explained_too(inputs, monkeypatch, load, name):
     def refuse(*args, **kwargs):

@@ -65,6 +65,11 @@ def test_a_push_folder_is_complete(tmp_path, name):
         "competition_sources", "model_sources"}
 
 
+@pytest.mark.parametrize("name", ["v14.4", "v14_4", "asnn_v14_4_transfer.ipynb", "notebooks/asnn_v14_4_transfer.py", "transfer"])
+def test_a_notebook_is_found_by_any_of_its_names(tmp_path, name):
+    assert kaggle.push_folder(name, tmp_path / "push", "someone")["code_file"] == "asnn_v14_4_transfer.ipynb"
+
+
 def test_the_sources_chain_the_notebooks():
     names = ["asnn_v14_3_distill", "asnn_v14_4_transfer", "asnn_v15_b", "asnn_v16_c", "asnn_v17_d"]
     chain = {name: kaggle.sources_of(name, names[::-1]) for name in names}
@@ -100,12 +105,16 @@ def test_the_data_set_holds_the_module_and_what_is_attached(tmp_path):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["push-folder", "v99", "{new}", "--owner", "me"], "no notebook is named v99: there are asnn_v14_3_distill"),
+    (["push-folder", "v14", "{new}", "--owner", "me"],
+     "v14 is part of several names: asnn_v14_3_distill, asnn_v14_4_transfer."),
     (["push-folder", "v15", "{new}"], "the Kaggle user name is ''"),
     (["push-folder", "v15", "{new}", "--owner", "Jane Doe"], "the Kaggle user name is 'Jane Doe'"),
     (["push-folder", "v15", "{new}", "--owner", "me", "--set", "no=1"], "has no parameter no: it has student"),
     (["push-folder", "v15", "{new}", "--owner", "me", "--set", "seed"], "--set seed is not NAME=VALUE"),
     (["push-folder", "v15", "{full}", "--owner", "me"], "exists and is not empty: name a new folder"),
     (["dataset", "{full}", "--owner", "me"], "exists and is not empty: name a new folder"),
+    (["dataset", "{new}", "--owner", "me", "--attach", "{full}", "--attach", "{full}"],
+     "--attach names two folders full: one would take the other's place."),
     (["dataset", "{new}", "--owner", "me", "--attach", "{new}"], "is no folder")])
 def test_bad_arguments_end_in_one_sentence_and_write_nothing(tmp_path, capsys, arguments, sentence):
     full = tmp_path / "full"

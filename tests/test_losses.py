@@ -468,3 +468,47 @@ def test_cka_of_wide_features_stays_finite_under_fp16_autocast(unbiased):
     value.backward()
     assert float(value.detach()) == pytest.approx(float(exact.detach()), abs=1e-6)
     assert x.grad.isfinite().all()
+
+
+# ---- firing rates
+
+
+def rates_of(spikes):
+    return {name: (value != 0).float().mean((0, 1)) for name, value in spikes.items()}
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_firing_rates_outside_their_band_are_part_of_the_loss(distillation, batch, step):
+    """In the alignment and after it, with the counted rates."""
+    inputs, labels = batch
+    objective, *_ = distillation("v14.4", rate_weight=2.0, rate_band=(0.1, 0.2), align_steps=3)
+    plain, *_ = distillation("v14.4", align_steps=3)
+    seen = {}
+    with asnn.spike_hooks(objective.student, lambda name, spikes: seen.__setitem__(name, spikes.detach())):
+        loss, terms = objective(inputs, labels, step=step)
+    expected = []
+    for rate in rates_of(seen).values():
+        far = lambda x: ((x - 0.2).clamp_min(0) + (0.1 - x).clamp_min(0)) ** 2  # noqa: E731
+        expected.append(float(far(rate).mean() + far(rate.mean())))
+    assert len(expected) == 2 * objective.student.config.n_layer and sum(expected) > 0
+    assert float(terms["rate"]) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert float(loss) == pytest.approx(float(plain(inputs, labels, step=step)[0]) + 2 * float(terms["rate"]), rel=1e-5)
+    loss.backward()
+    assert all(m.alpha.grad.abs().max() > 0 for m in asnn.spike_modules(objective.student).values())
+    assert not any(m._forward_hooks for m in objective.student.modules())
+
+
+def test_a_dense_twin_has_no_firing_rates(distillation, batch):
+    _, terms = distillation("v14.4", rate_weight=2.0, spike_kind="dense")[0](*batch)
+    assert "rate" not in terms
+
+
+def test_training_brings_the_firing_rates_into_their_band(distillation, batch):
+    mean = {}
+    for weight in (0.0, 30.0):
+        objective, sampler, settings = distillation("v14.4", rate_weight=weight, rate_band=(0.1, 0.3), align_steps=0,
+                                                    distill_steps=40)
+        asnn.fit(objective, sampler, settings)
+        density = asnn.spike_density(objective.student, batch[0]).values()
+        mean[weight] = sum(density) / len(density)
+    assert mean[30.0] < 0.32 < mean[0.0] - 0.05
