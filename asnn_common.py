@@ -6,11 +6,12 @@ Contents
     2  Spikes          ternary_spike, SpikeStatistics, TernarySpike, SpikeEncoder
     3  Recurrence      recurrence_reference, _chunked, _step, _cumsum; matrix_recurrence_reference, _chunked, _step
     4  Model           GooseState, TimeMix, MatrixTimeMix, GooseBlock, GooseModel, GooseForCausalLM
-    5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, spike_modules, spike_hooks,
-                       firing_rates, Distiller
+    5  Losses          chunked_distillation, chunked_kl, chunked_nll, Temperature, linear_cka, fdd_*, spike_modules,
+                       spike_hooks, firing_rates, Distiller
     6  Data            load_corpus, load_tokenizer, tokenize_corpus, load_teacher, WindowSampler
-    7  Training        FitConfig, EarlyStopping, Muon, fit, evaluate, perplexity_gap, spike_density, operations, matrix_products, match_teacher, transfer_weights, calibrate_encoders,
-                       build_student, train_teacher, distillation_sampler, load_task, distil, training_memory, preflight
+    7  Training        FitConfig, EarlyStopping, Muon, ShardedObjective, fit, evaluate, perplexity_gap, spike_density,
+                       operations, matrix_products, match_teacher, transfer_weights, calibrate_encoders, build_student,
+                       train_teacher, distillation_sampler, load_task, distil, training_memory, preflight
     8  SpikingBrain    wilson_interval, bootstrap_interval, SpikeCapture, record_spikes, SpikeHealthChecker,
                        MutualInformationEstimator, RepresentationAnalyzer, SpikingBrainValidator, Intervention,
                        intervene, Remediation, remediate
