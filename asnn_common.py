@@ -17,8 +17,9 @@ Contents
     9  Sparse          SpikeVector, load_kernel, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, compile_step,
                        sparsify
     10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, energy_estimate, Bench, bench
-    11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
-                       sample_texts, run_metrics, run_checks, results_table, model_card, figure_style, plain_log
+    11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, LoadedStudent, load_student,
+                       quality_table, sample_texts, run_metrics, run_checks, results_table, model_card, figure_style,
+                       plain_log
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -5863,6 +5864,71 @@ def gate_status(student: nn.Module, outputs: Path | None = None) -> tuple[bool, 
     if gate["tokens"] < GATE_TOKENS:
         return False, f"ungated: the gate was passed over {gate['tokens']:,} tokens, and {GATE_TOKENS:,} are needed"
     return True, f"gated: the student passed all {len(gate['metrics'])} metrics over {gate['tokens']:,} tokens"
+
+
+def densities_at(density: dict[str, float], site: str | None) -> list[float]:
+    """What `spike_density` found at a site, one value for each layer and, at mix_in, each input; [] where no spikes are."""
+    return [share for name, share in density.items() if site and name.split(".")[1 if "." in name else 0] == site]
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """The student of a finished run, what made it, and whether it may carry a claim."""
+
+    folder: Path
+    student: GooseForCausalLM
+    recipe: Recipe
+    profile: Profile
+    metrics: dict[str, Any]
+    task: Task
+    gated: bool
+    gate: str  # why, in a sentence
+
+    @property
+    def name(self) -> str:
+        """<version>-<run>, for a run that works on this student."""
+        return f"{self.folder.parent.name}-{self.folder.name}"
+
+    @functools.cached_property
+    def density(self) -> dict[str, float]:
+        """{"layer.site": share of non-zero spikes} over the first validation windows, at most eight."""
+        return spike_density(self.student, self.task.peek())
+
+    @property
+    def site_density(self) -> dict[str, float]:
+        """{site: mean over the layers}, of the sites before a Linear in the layers."""
+        found = {site: densities_at(self.density, site) for site in SITES[2:-1]}
+        return {site: float(np.mean(shares)) for site, shares in found.items() if shares}
+
+    def __str__(self) -> str:
+        m = self.metrics
+        return (f"student {m['version']}/{m['run']}, content hash {student_id(self.student)}, test PPL "
+                f"{m['student']['test']['ppl']:.2f}, gap {m['gap']['test']['value']:.3f} to its teacher, "
+                f"{m['training']['step']} steps")
+
+
+def load_student(name: str | None, profile: Profile, reason: str, recipe: str = "v14.4", without: tuple[str, ...] = (),
+                 sites: tuple[str, ...] = (), steps: int = 100, seed: int = 42, **data: str | None) -> LoadedStudent:
+    """The student that a notebook works on, with its task and its gate.
+
+    Args:
+        name: see `find_run`; None takes the newest of a version that is not in `without` and has the spike sites `sites`,
+            a short run only where there is no other, and else makes one of `recipe` with so many `steps`.
+        profile, reason: of that short run, as `select_profile` gives them.
+        data: corpus and teacher in the place of those of the student's run, where they are not None.
+    Raises:
+        ValueError: the student has no spikes or not at `sites`, and what find_run, load_run and load_task raise.
+    """
+    folder = find_run(name, (*without, "short"), sites) or find_run(None, without, sites)
+    folder = (folder or train_short_student(recipe, profile, reason, steps, seed)).resolve()
+    student, made_by, made_with, metrics = load_run(folder)
+    about = f"{folder.parent.name}/{folder.name}"
+    require(student.config.spike_kind != "dense", "student", about, "a student with spikes; this one is a dense twin")
+    require(set(sites) <= set(student.config.spike_sites), "student", about,
+            f"one with spikes at {', '.join(sites)}, as runs of recipe {recipe} have; this one has them at "
+            + ", ".join(student.config.spike_sites))
+    made_with = made_with.replace(**{what: value for what, value in data.items() if value is not None})
+    return LoadedStudent(folder, student, made_by, made_with, metrics, load_task(made_by, made_with), *gate_status(student))
 
 
 def quality_table(measured: dict[str, dict[str, Evaluation]]) -> list[dict[str, str]]:

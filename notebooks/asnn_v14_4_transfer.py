@@ -443,7 +443,7 @@ density = asnn.spike_density(student, torch.from_numpy(tokens["validation"][:4 *
 
 
 def mean_density(site):
-    found = [value for name, value in density.items() if name.split(".", 1)[-1].startswith(site)] if site else []
+    found = asnn.densities_at(density, site)
     return f"{np.mean(found):.3f}" if found else "-"
 
 

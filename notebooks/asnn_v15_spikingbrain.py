@@ -127,22 +127,15 @@ print("\n".join(advice) or "Nothing to change: go on.")
 # The student. Where no distillation notebook has left one, a short run makes one now, so that the page works; what it says is then about that run.
 
 # %%
-source = asnn.find_run(student, without=("v15", "v16", "v17", "short")) or asnn.find_run(without=("v15", "v16", "v17"))
-if source is None:
-    source = asnn.train_short_student("v14.4", *asnn.select_profile(profile), seed=seed)
-source = source.resolve()
-brain, recipe, size, origin = asnn.load_run(source)
-asnn.require(brain.config.spike_kind != "dense", "student", str(source), "a student with spikes; this one is a dense twin")
+loaded = asnn.load_student(student, *asnn.select_profile(profile), without=("v15", "v16", "v17"), seed=seed, corpus=corpus, teacher=teacher)
+brain, recipe, size, origin, task = loaded.student, loaded.recipe, loaded.profile, loaded.metrics, loaded.task
 tokens = tokens or (4096 if size.name == "tiny" else 20_480)
-size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
-print(f"student {origin['version']}/{origin['run']}, content hash {asnn.student_id(brain)}, test PPL {origin['student']['test']['ppl']:.2f}, "
-      f"gap {origin['gap']['test']['value']:.3f}, {origin['training']['step']} steps")
+print(loaded)
 
 # %%
-task = asnn.load_task(recipe, size)
 master = task.teacher
 asnn.register_auto_classes()
-own = asnn.import_optional("transformers").AutoTokenizer.from_pretrained(source / "student").get_vocab()
+own = asnn.import_optional("transformers").AutoTokenizer.from_pretrained(loaded.folder / "student").get_vocab()
 asnn.require(master.tokenizer.get_vocab() == own, "teacher", master.name, f"{origin['teacher']['name']}, whose tokenizer the student was trained with; attach it and name its folder")
 brain, teacher_model = brain.to(device), master.model.to(device)
 if (task.corpus.hash, master.name) != (origin["corpus"]["hash"], origin["teacher"]["name"]):
@@ -154,7 +147,7 @@ loader = [windows.gather(spread[i:i + 8])[0] for i in range(0, count, 8)]
 settings = {"student": asnn.student_id(brain), "tokens": tokens, "seed": seed, "remedy": remedy, "remedy_steps": remedy_steps,
             "damage_windows": damage_windows, "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(size),
             "corpus_hash": task.corpus.hash, "teacher": master.name}
-run = asnn.Run.open("v15", run_name or f"{source.parent.name}-{source.name}", json.loads(json.dumps(settings)))
+run = asnn.Run.open("v15", run_name or loaded.name, json.loads(json.dumps(settings)))
 print(f"{run.note}; {count} validation windows of {recipe.seq_len} tokens; teacher {master.name}")
 
 # %% [markdown]
@@ -430,7 +423,7 @@ if remedied:
 
 # %%
 other = None if remedied is None else first.gate if left is not brain else remedied.after.gate
-gate = {**final.gate, "other": other, "folder": f"{run.folder.parent.name}/{run.folder.name}" if left is not brain else f"{source.parent.name}/{source.name}"}
+gate = {**final.gate, "other": other, "folder": f"{run.folder.parent.name}/{run.folder.name}" if left is not brain else f"{loaded.folder.parent.name}/{loaded.folder.name}"}
 if run.main:
     asnn.write_atomically(run.folder / "gate.json", json.dumps(gate, indent=1, sort_keys=True))
     asnn.write_atomically(run.folder / "validation.json", json.dumps({"before": json.loads(first.to_json()), "after": json.loads(remedied.after.to_json()) if remedied else None,

@@ -130,19 +130,13 @@ def microseconds(timing):
 # The student, and its gate first: what follows is a claim about a network whose spikes are known to carry information, or it is marked as ungated.
 
 # %%
-fed_sites = ("mix_in", "ffn_hidden")
-source = asnn.find_run(student, ("short", "v16", "v17"), fed_sites) or asnn.find_run(None, ("v16", "v17"), fed_sites)
-if source is None:
-    source = asnn.train_short_student("v14.4-sites", size, reason, steps=60, seed=seed)
-source = source.resolve()
-brain, recipe, made_with, origin = asnn.load_run(source)
-task = asnn.load_task(recipe, made_with)
-gated, gate_sentence = asnn.gate_status(brain)
+loaded = asnn.load_student(student, size, reason, "v14.4-sites", without=("v16", "v17"), sites=("mix_in", "ffn_hidden"), steps=60, seed=seed)
+brain, recipe, task, site_density = loaded.student, loaded.recipe, loaded.task, loaded.site_density
 settings = {"student": asnn.student_id(brain), "layers": layers, "compiled": compiled, "repeats": repeats, "quality_tokens": quality_tokens, "seed": seed, "threads": env["threads"],
-            "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(made_with)}
-run = asnn.Run.open("v16", run_name or f"{source.parent.name}-{source.name}", json.loads(json.dumps(settings)))
-print(f"student {origin['version']}/{origin['run']}, content hash {asnn.student_id(brain)}, test PPL {origin['student']['test']['ppl']:.2f}")
-print(gate_sentence)
+            "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}
+run = asnn.Run.open("v16", run_name or loaded.name, json.loads(json.dumps(settings)))
+print(loaded)
+print(loaded.gate)
 print(run.note)
 
 # %% [markdown]
@@ -150,20 +144,11 @@ print(run.note)
 # The share of multiply-accumulates that spikes feed, and how often a spike is zero there: what can be skipped at all.
 
 # %%
-ids = torch.from_numpy(task.tokens["validation"][:8 * recipe.seq_len].astype(np.int64)).view(8, -1)
-density = asnn.spike_density(brain, ids)
 products = asnn.matrix_products(brain)
 total = sum(row["macs"] for row in products)
-
-
-def densities_of(site):
-    return [value for name, value in density.items() if name.split(".", 1)[-1].startswith(site)] if site else []
-
-
 show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
-             "fed by spikes": "yes" if row["fed"] else "no", "density": " ".join(f"{d:.2f}" for d in densities_of(row["site"])) or "-"} for row in products])
+             "fed by spikes": "yes" if row["fed"] else "no", "density": " ".join(f"{d:.2f}" for d in asnn.densities_at(loaded.density, row["site"])) or "-"} for row in products])
 fed = sum(row["macs"] for row in products if row["fed"] and row["site"])
-site_density = {site: float(np.mean(densities_of(site))) for site in ("mix_in", "mix_out", "ffn_in", "ffn_hidden") if densities_of(site)}
 print(f"{100 * fed / total:.0f} % of all MACs are products with weights that spikes feed; mean densities " + ", ".join(f"{s} {d:.2f}" for s, d in site_density.items()) + " (measured, 8 validation windows)")
 
 # %% [markdown]
@@ -346,7 +331,7 @@ large = asnn.random_student(asnn.get_recipe("v14.4-sites").replace(n_layer=layer
 sample = torch.randint(0, 50257, (2, 32), generator=generator)
 real = asnn.spike_density(large, sample)
 print(f"{asnn.count_parameters(large):,} parameters; densities enforced: " + ", ".join(
-    f"{site} {np.mean([v for k, v in real.items() if k.split('.', 1)[-1].startswith(site)]):.2f}" for site in site_density))
+    f"{site} {np.mean(asnn.densities_at(real, site)):.2f}" for site in site_density))
 systems = {"dense fp32": large, "gather, dense head": asnn.sparsify(large, "gather"), "auto, dense head": asnn.sparsify(large, "auto", table=table),
            "gather_int8, int8 head": asnn.sparsify(large, "gather_int8", head="int8"), "dense int8 (torch.ao)": asnn.quantize_int8(large)}
 if not problem:
@@ -441,7 +426,7 @@ except ValueError as error:
     print("a student whose products are not fed by spikes is refused:", "nothing" if "no matrix product" not in str(error) else "in one sentence")
 
 # %% tags=["nbval-check-output"]
-prompt = ids[:1, :12]
+prompt = task.peek()[:1, :12]
 texts = {name: model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0) for name, model in forms.items() if name in ("dense", "gather")}
 print("greedy text of gather is that of dense:", torch.equal(texts["dense"], texts["gather"]))
 print("perplexity with gather within 0.1 %:", abs(quality["gather"][0] / quality["dense"][0] - 1) < 1e-3)
@@ -451,14 +436,14 @@ print("int8 rows keep a fourth of the memory:", forms["gather_int8"].goose.block
 # ## Saved artefacts
 
 # %%
-results = {"gate": gate_sentence, "gated": gated, "hardware": hardware, "environment": env, "status": "measured", "bandwidth, bytes/s": bandwidth, "densities": site_density,
+results = {"gate": loaded.gate, "gated": loaded.gated, "hardware": hardware, "environment": env, "status": "measured", "bandwidth, bytes/s": bandwidth, "densities": site_density,
            "products": [{"in": X, "out": out, **{name: dataclasses.asdict(t) for name, t in timings.items()}} for (X, out), timings in single.items()], "surface": surface,
            "quality": {name: {"ppl": ppl, "tokens": count} for name, (ppl, count) in quality.items()}, "decoding": {name: dataclasses.asdict(t) for name, t in decoding.items()},
            "state update": {name: dataclasses.asdict(t) for name, t in updates.items()}, "crossover, tokens": {shape: {name: n if n < math.inf else None for name, n in row.items()} for shape, row in crossovers.items()},
            "auto over linear": {"measured once": firsts.tolist(), "again": seconds.tolist()}, "kernel": problem or "built", "skipping alone": parts, "profile": profiles, "weights, bytes": {name: asnn.tensor_bytes(model) for name, model in systems.items()}, "layers": layers, "parameters": asnn.count_parameters(large)}
 if run.main:
     asnn.write_atomically(run.folder / "sparse.json", json.dumps(results, indent=1))
-run.finish({**origin, "version": f"v16 of {origin['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
+run.finish({**loaded.metrics, "version": f"v16 of {loaded.metrics['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
 
 # %% tags=["nbval-check-output"]
 print("saved:", sorted({"sparse.json", "metrics.json", "config.json", "env.json", "figures"} & {path.name for path in run.folder.glob("*")}))
@@ -470,7 +455,7 @@ print("saved:", sorted({"sparse.json", "metrics.json", "config.json", "env.json"
 
 # %%
 gains = {name: base / t.median for name, t in decoding.items()}
-print(f"{'Gated' if gated else 'Ungated'} ({gate_sentence}). Decoding one token at a time, {layers} layers of width 768, {hardware}: " + ", ".join(
+print(f"The student is {loaded.gate}. Decoding one token at a time, {layers} layers of width 768, {hardware}: " + ", ".join(
     f"{name} {gain:.2f}x" for name, gain in gains.items() if name != "dense fp32") + " the speed of dense fp32, and dense int8 " + f"{ao / min(t.median for t in decoding.values()):.2f} times slower than the fastest (measured).")
 alone = {name: [row[f"{name}, all fire"]["median"] / row[f"{name}, own density"]["median"] for row in parts.values()] for name in ("gather", "gather_int8")}
 print("Skipping alone, one product against the same kernel with all channels firing: " + ", ".join(f"{name} {min(values):.2f} to {max(values):.2f}x" for name, values in alone.items()) + " (measured, three shapes).")

@@ -132,21 +132,13 @@ def show_table(rows):
 # The student, its gate and its densities. What is saved by skipping is claimed for a network whose spikes are known to carry information, or marked as ungated.
 
 # %%
-fed_sites = ("mix_in", "ffn_hidden")
-source = asnn.find_run(student, ("short", "v16", "v17"), fed_sites) or asnn.find_run(None, ("v16", "v17"), fed_sites)
-if source is None:
-    source = asnn.train_short_student("v14.4-sites", size, reason, steps=60, seed=seed)
-source = source.resolve()
-brain, recipe, made_with, origin = asnn.load_run(source)
-task = asnn.load_task(recipe, made_with)
-gated, gate_sentence = asnn.gate_status(brain)
+loaded = asnn.load_student(student, size, reason, "v14.4-sites", without=("v16", "v17"), sites=asnn.SITES[2:-1], steps=60, seed=seed)
+brain, recipe, task, origin, site_density = loaded.student, loaded.recipe, loaded.task, loaded.metrics, loaded.site_density
 settings = {"student": asnn.student_id(brain), "layers": layers, "repeats": repeats, "contexts": contexts, "batches": batches, "compiled": compiled, "seed": seed,
-            "threads": env["threads"], "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(made_with)}
-run = asnn.Run.open("v17", run_name or f"{source.parent.name}-{source.name}", json.loads(json.dumps(settings)))
-ids = torch.from_numpy(task.tokens["validation"][:8 * recipe.seq_len].astype(np.int64)).view(8, -1)
-measured_density = asnn.spike_density(brain, ids)
-site_density = {site: float(np.mean([d for name, d in measured_density.items() if name.split(".", 1)[-1].startswith(site)])) for site in ("mix_in", "mix_out", "ffn_in", "ffn_hidden")}
-print(f"student {origin['version']}/{origin['run']}, test PPL {origin['student']['test']['ppl']:.2f}, gap {origin['gap']['test']['value']:.3f} to its teacher; {gate_sentence}")
+            "threads": env["threads"], "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}
+run = asnn.Run.open("v17", run_name or loaded.name, json.loads(json.dumps(settings)))
+print(loaded)
+print(loaded.gate)
 print("densities " + ", ".join(f"{site} {share:.2f}" for site, share in site_density.items()) + " (measured, 8 validation windows)")
 print(run.note)
 
@@ -350,7 +342,7 @@ gap_of = lambda name: gaps.get(name.replace(", compiled", ""), gaps.get("student
 speed = {row["system"]: row["tokens/s"] for row in first.rows if "decode" in row}
 energy = {name: columns["idealised, with DRAM and head"] for name, columns in joules.items()}
 show_table([{"system": name, "tokens/s": f"{rate:,.1f}", "gap": f"{gap_of(name):.3f}" if gap_of(name) else "not trained", "uJ per token (estimated)": f"{1e6 * energy[name.replace(', compiled', '')]:,.0f}" if name.replace(", compiled", "") in energy else "-"} for name, rate in speed.items()])
-print(f"gap: validation PPL over that of the teacher ({teacher.ppl:.2f}) on the same {teacher.tokens:,} tokens, {origin['version']}/{origin['run']} (measured; {'gated' if gated else 'ungated'})")
+print(f"gap: validation PPL over that of the teacher ({teacher.ppl:.2f}) on the same {teacher.tokens:,} tokens, {origin['version']}/{origin['run']} (measured; {'gated' if loaded.gated else 'ungated'})")
 
 
 def plot_pareto():
@@ -485,7 +477,7 @@ if run.main:
         asnn.write_atomically(run.folder / name, text)
         asnn.write_atomically(run.folder.parent / name, text)
     asnn.write_atomically(run.folder / "efficiency.json", json.dumps({
-        "gate": gate_sentence, "gated": gated, "context": middle, "fastest": fastest, "densities": site_density, "operations": operations, "joules, estimated": joules, "bytes read": {name: size_read for name, (_, size_read) in forms.items()},
+        "gate": loaded.gate, "gated": loaded.gated, "context": middle, "fastest": fastest, "densities": site_density, "operations": operations, "joules, estimated": joules, "bytes read": {name: size_read for name, (_, size_read) in forms.items()},
         "gaps": gaps, "agreement": {" ".join(map(str, key)): ratio for key, ratio in agreement.items()}, "scale": {f"{name} {d} {n}": {k: v for k, v in value.items() if k != "step"} | dataclasses.asdict(timings[name, d, n]) for (name, d, n), value in scaled.items()},
         "fits": fits, "training": {"hours": hours, "price per hour, assumed": price_per_hour}, "hardware": hardware}, indent=1))
 run.finish({**origin, "version": f"v17 of {origin['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
@@ -501,7 +493,7 @@ print("saved:", sorted({"bench.json", "bench.md", "bench.tex", "efficiency.json"
 rate = {row["system"]: row for row in first.rows if "decode" in row}
 whole = lambda row: sum(row["memory"].values())  # noqa: E731
 against = [name for name in ("GPT-2, eager", "GPT-2, SDPA", "GPT-2, int8", "GPT-2 of this size", "RWKV of transformers", "student, dense", "student, dense int8") if name in rate]
-print(f"{'Gated' if gated else 'Ungated'}: {gate_sentence}. {fastest}, {layers} layers of width {width}, context {middle}, batch 1, {hardware}: {rate[fastest]['tokens/s']:,.1f} tokens/s, that is " + ", ".join(f"{rate[fastest]['tokens/s'] / rate[name]['tokens/s']:.2f}x {name}" for name in against) + " (measured).")
+print(f"The student is {loaded.gate}. {fastest}, {layers} layers of width {width}, context {middle}, batch 1, {hardware}: {rate[fastest]['tokens/s']:,.1f} tokens/s, that is " + ", ".join(f"{rate[fastest]['tokens/s'] / rate[name]['tokens/s']:.2f}x {name}" for name in against) + " (measured).")
 print(f"Memory (weights, state or cache, activations): {whole(rate[fastest]) / 2**20:,.0f} MiB, " + ", ".join(f"{whole(rate[fastest]) / whole(rate[name]):.2f} of {name}" for name in against) + " (measured).")
 if spread.get(fastest):
     print(f"Latency at context {contexts[-1]:,} is {spread[fastest][-1] / spread[fastest][0]:.3f} of that at {contexts[0]} (measured).")
