@@ -19,7 +19,7 @@ Contents
     10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, energy_estimate, Bench, bench
     11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, LoadedStudent, load_student,
                        quality_table, sample_texts, run_metrics, run_checks, results_table, model_card, figure_style,
-                       plain_log
+                       plain_log, show_table, hardware_text, versions_text
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -3457,7 +3457,7 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
             advice.append(f"The GPU cannot be used, {device_reason}.")
         elif env["platform"] != "local":
             advice.append(f"This {place} session has no GPU: {click}; without one only small profiles make sense.")
-    row("CPU", f"{env['cpu']}, {env['threads']} threads")
+    row("CPU", hardware_text(env, gpus=False))
     row("precision", chosen, precision_reason)
     outputs = outputs_folder()
     free = shutil.disk_usage(next(path for path in (outputs, *outputs.parents) if path.is_dir())).free
@@ -3498,7 +3498,7 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
                               f"and saves; {again} run all again to go on.")
     elif total is not None:
         row("GPU memory", f"{total / 2**30:.1f} GiB")
-    row("versions", f"Python {env['python']}, " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()), place)
+    row("versions", versions_text(env), place)
     return rows, advice
 
 
@@ -5686,6 +5686,34 @@ def plain_log(axis: Any, values: Iterable[float] | None = None) -> None:
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
 
 
+def show_table(rows: Iterable[dict[str, Any]], prose: bool = False) -> None:
+    """Shows rows {column: value} as a table, or prints them where no notebook is looking. `prose`: cells hold long texts,
+    which get columns of one width, or lines of their own."""
+    rows = list(rows)
+    frame = import_optional("pandas").DataFrame(rows)
+    if "ipykernel" in sys.modules:
+        styled = frame.style.hide(axis="index")
+        if prose:
+            styled = styled.set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
+                                              "font-family": "monospace", "width": f"{96 // len(frame.columns)}%"})
+        import_optional("IPython.display").display(styled)
+    elif prose:
+        for row in rows:
+            print("\n".join(f"[{name}] {text!r}" for name, text in row.items()) + "\n")
+    else:
+        print(frame.to_string(index=False, max_colwidth=120, line_width=200))
+
+
+def hardware_text(env: dict[str, Any], gpus: bool = True) -> str:
+    """What a measurement in this `environment` was made on: its GPUs, without them or `gpus` its CPU and threads."""
+    return gpus and ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
+
+
+def versions_text(env: dict[str, Any]) -> str:
+    """The versions in an `environment`, Python's first."""
+    return ", ".join([f"Python {env['python']}", *(f"{name} {version}" for name, version in env["versions"].items())])
+
+
 class Run:
     """The folder outputs/<version>/<name>/ of one run: config.json, env.json, metrics.json, log.jsonl, figures/,
     student/.
@@ -6043,14 +6071,12 @@ def results_table(metrics: list[dict[str, Any]]) -> str:
         test, gap = m["student"]["test"], m["gap"]["test"]
         density = list(m["student"]["density"].values())
         bits = f"{test['bits_per_byte']:.3f}" if test["bits_per_byte"] else "part of the split"
-        env = m["environment"]
-        hardware = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
         lines.append(
             f"| {m['run']} | {m['version']} | {m['corpus']['name']} {m['corpus']['hash'][:6]}, {m['teacher']['name']} "
             "| "
             f"{m['student']['parameters'] / 1e6:.1f}M | {m['training']['step']} | {m['teacher']['test']['ppl']:.2f} | "
             f"{test['ppl']:.2f} | {gap['value']:.3f} ± {gap['standard_error']:.3f} ({test['windows']}) | {bits} | "
-            f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | {hardware} |")
+            f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | {hardware_text(m['environment'])} |")
     return "\n".join(lines)
 
 

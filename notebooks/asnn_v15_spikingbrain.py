@@ -96,14 +96,11 @@ import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
-from IPython.display import display
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
 import asnn_common as asnn  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value, least in (("tokens", tokens, 2048), ("remedy_steps", remedy_steps, 1), ("damage_windows", damage_windows, 2), ("seed", seed, 0)):
@@ -112,15 +109,8 @@ asnn.require(remedy in (None, True, False), "remedy", remedy, "None, True, False
 asnn.select_profile(profile)
 asnn.import_optional("scipy.stats")  # said now and not after the recording
 device, _ = asnn.select_device()
-
-
-def show_table(rows):
-    frame = pd.DataFrame(rows)
-    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
-
-
 rows, advice = asnn.preflight()
-show_table(rows)
+asnn.show_table(rows)
 print("\n".join(advice) or "Nothing to change: go on.")
 
 # %% [markdown]
@@ -177,10 +167,10 @@ def constructed(record):
 quick = asnn.SpikingBrainValidator(device, max_channels=32, seed=seed, cka=asnn.RepresentationAnalyzer(shifts=20, seed=seed))
 sample = asnn.record_spikes(brain, teacher_model, loader, max_tokens=min(tokens, 8192), control=False, seed=seed)
 verdicts = {label: quick.judge(record, recipe.n_layer, progress=False) for label, record in constructed(sample).items()}
-show_table([{"spikes": label, **{metric: f"{entry['value']:.3f} {'pass' if entry['pass'] else 'FAIL'}" for metric, entry in result.gate["metrics"].items()},
-             "biased CKA": f"{result.summary['CKA biased']:.3f}", "founders' MI, bits": f"{np.mean([s['founders MI'] for s in result.sites.values()]):.3f}",
-             "sign-locked": f"{100 * np.mean([s['sign-locked channels'] for s in result.sites.values()]):.0f} %", "verdict": result.gate["verdict"]}
-            for label, result in verdicts.items()])
+asnn.show_table([{"spikes": label, **{metric: f"{entry['value']:.3f} {'pass' if entry['pass'] else 'FAIL'}" for metric, entry in result.gate["metrics"].items()},
+                  "biased CKA": f"{result.summary['CKA biased']:.3f}", "founders' MI, bits": f"{np.mean([s['founders MI'] for s in result.sites.values()]):.3f}",
+                  "sign-locked": f"{100 * np.mean([s['sign-locked channels'] for s in result.sites.values()]):.0f} %", "verdict": result.gate["verdict"]}
+                 for label, result in verdicts.items()])
 
 # %% [markdown]
 # `biased CKA` and `founders' MI` are the founders' way of counting: what they give for noise is in the second row, and for the information that is more than the 0.1 bit of this gate.
@@ -192,7 +182,7 @@ show_table([{"spikes": label, **{metric: f"{entry['value']:.3f} {'pass' if entry
 about = {"corpus": f"{task.corpus.name} {task.corpus.hash}", "teacher": master.name, "run": f"{origin['version']}/{origin['run']}"}
 first = validator.validate(brain, teacher_model, loader, meta=about)
 print(f"{first.meta['tokens']:,} tokens in {first.meta['windows']} windows; {first.meta['seconds']:.0f} s, peak memory of this process {first.meta['peak memory, GiB']:.2f} GiB (measured)")
-show_table(first.table())
+asnn.show_table(first.table())
 if run.main:  # kept even if what follows is interrupted
     asnn.write_atomically(run.folder / "validation.json", json.dumps({"before": json.loads(first.to_json())}, indent=1))
 
@@ -204,7 +194,7 @@ def gate_table(result):
             for metric, m in result.gate["metrics"].items()]
 
 
-show_table(gate_table(first))
+asnn.show_table(gate_table(first))
 print(f"gate: {first.gate['verdict']}")
 
 # %% [markdown]
@@ -358,7 +348,7 @@ for row in damage[2:]:
     if row["intervention"] in ("mean", "shuffle", "zero"):
         label = f"{row['layer']}.{row['site']}" if row["layer"] != "-" else row["site"]
         places.setdefault(label, {"place": label})[row["intervention"]] = f"{row['ppl']:.1f} ({row['rise']:.2f}x ± {row['standard error']:.2f})"
-show_table(places.values())
+asnn.show_table(places.values())
 print(f"PPL (times the intact one ± standard error over {len(few)} paired windows), {damage[0]['tokens']:,} tokens: "
       f"intact {damage[0]['ppl']:.1f}, unigram model {damage[1]['ppl']:.1f}")
 
@@ -406,7 +396,7 @@ if remedy or remedy is None and first.gate["verdict"] == "failed":
     remedied = asnn.remediate(brain, teacher_model, sampler, recipe, again, perplexity, parts, before=first, folder=run.folder)
     if remedied.after.gate["verdict"] == "passed":
         final, left = remedied.after, remedied.student
-    show_table(remedied.table())
+    asnn.show_table(remedied.table())
     print(f"gate after the remedy: {remedied.after.gate['verdict']}; {remedied.training.step} steps in {remedied.training.seconds:.0f} s"
           + ("" if left is not brain else "; the student before it goes on, ungated or not as it was"))
 else:
@@ -414,7 +404,7 @@ else:
 
 # %%
 if remedied:
-    show_table(remedied.after.table())
+    asnn.show_table(remedied.after.table())
     run.show(plot_health(remedied.after), "health-after")
 
 # %% [markdown]
@@ -431,7 +421,7 @@ if run.main:
 shared = run.folder.parent / "gate.json"
 if shared.is_file() and json.loads(shared.read_text())["student"] != gate["student"]:
     print(f"the gate of student {json.loads(shared.read_text())['student']} stays in the folder of its run; {shared.name} is now that of {gate['student']}")
-show_table(gate_table(final))
+asnn.show_table(gate_table(final))
 print(f"gate of student {gate['student']}: {gate['verdict']}")
 
 # %% [markdown]

@@ -94,15 +94,12 @@ import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
-from IPython.display import display
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
 import asnn_common as asnn  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value in (("layers", layers), ("repeats", repeats), ("quality_tokens", quality_tokens)):
@@ -113,13 +110,8 @@ tiny = size.name == "tiny"
 compiled = not tiny if compiled is None else compiled
 layers, repeats, quality_tokens = layers or (1 if tiny else 5), repeats or (3 if tiny else 9), quality_tokens or (2048 if tiny else 20_480)
 env = asnn.environment()
-hardware = f"{env['cpu']}, {env['threads']} threads"
-print(f"{reason}\n{hardware}, Python {env['python']}, " + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
-
-
-def show_table(rows):
-    frame = pd.DataFrame(rows)
-    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
+hardware = asnn.hardware_text(env, gpus=False)
+print(f"{reason}\n{hardware}, {asnn.versions_text(env)}")
 
 
 def microseconds(timing):
@@ -146,8 +138,8 @@ print(run.note)
 # %%
 products = asnn.matrix_products(brain)
 total = sum(row["macs"] for row in products)
-show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
-             "fed by spikes": "yes" if row["fed"] else "no", "density": " ".join(f"{d:.2f}" for d in asnn.densities_at(loaded.density, row["site"])) or "-"} for row in products])
+asnn.show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
+                  "fed by spikes": "yes" if row["fed"] else "no", "density": " ".join(f"{d:.2f}" for d in asnn.densities_at(loaded.density, row["site"])) or "-"} for row in products])
 fed = sum(row["macs"] for row in products if row["fed"] and row["site"])
 print(f"{100 * fed / total:.0f} % of all MACs are products with weights that spikes feed; mean densities " + ", ".join(f"{s} {d:.2f}" for s, d in site_density.items()) + " (measured, 8 validation windows)")
 
@@ -187,7 +179,7 @@ for (X, out), site in shapes.items():
         limit = width * X * out * (share if skips else 1) / bandwidth
         rows.append({"in x out": f"{X} x {out}", "density": f"{share:.2f}", "backend": name, "microseconds (quartiles)": microseconds(timing),
                      "times linear": f"{timings['linear'].median / timing.median:.2f}", "times the limit of memory": f"{timing.median / limit:.2f}" if skips or name in ("linear", "dense") else "-"})
-show_table(rows)
+asnn.show_table(rows)
 print(f"medians of {repeats} interleaved runs, one token, weights out of cache, {hardware}")
 
 # %% [markdown]
@@ -205,7 +197,7 @@ for (X, out), site in shapes.items():
         own, full = timings[f"{name}, own density"].median, timings[f"{name}, all fire"].median
         rows.append({"in x out": f"{X} x {out}", "backend": name, "times linear": f"{timings['linear'].median / own:.2f}", "with all channels firing": f"{timings['linear'].median / full:.2f}",
                      "by skipping alone": f"{full / own:.2f}", "1 / density": f"{1 / share:.2f}"})
-show_table(rows)
+asnn.show_table(rows)
 print(f"times linear is what the kernel gains with all channels firing, times what skipping gains: medians of {repeats} interleaved runs, {hardware} (measured)")
 
 # %% [markdown]
@@ -257,8 +249,8 @@ def break_even(X, out, n, name):
     return f"{max(wins):g}" if wins else "never"
 
 
-show_table([{"in x out": f"{X} x {out}", "tokens": n, **{name: break_even(X, out, n, name) for name in asnn.BACKENDS if name != "linear"}}
-            for X, out in sorted({(row["in"], row["out"]) for row in surface}) for n in batches])
+asnn.show_table([{"in x out": f"{X} x {out}", "tokens": n, **{name: break_even(X, out, n, name) for name in asnn.BACKENDS if name != "linear"}}
+                 for X, out in sorted({(row["in"], row["out"]) for row in surface}) for n in batches])
 print("the highest measured density at which a backend is faster than linear")
 
 # %% [markdown]
@@ -279,7 +271,7 @@ def crossover(X, out, share, name):
 
 
 crossovers = {f"{X} x {out}": {name: crossover(X, out, site_density.get(site, 0.4), name) for name in ("gather", "gather_int8", "embedding_bag")} for (X, out), site in shapes.items()}
-show_table([{"in x out": shape, **{name: f"{n:.0f} tokens" if n < math.inf else "beyond 128" for name, n in row.items()}} for shape, row in crossovers.items()])
+asnn.show_table([{"in x out": shape, **{name: f"{n:.0f} tokens" if n < math.inf else "beyond 128" for name, n in row.items()}} for shape, row in crossovers.items()])
 
 # %% [markdown]
 # ## What auto decides
@@ -289,8 +281,8 @@ show_table([{"in x out": shape, **{name: f"{n:.0f} tokens" if n < math.inf else 
 clock = time.perf_counter()
 table = asnn.BackendTable.measure(shapes, seconds=4.0 if tiny else 18.0)
 print(f"{len(table.rows)} cases in {time.perf_counter() - clock:.1f} s (0 when it was cached)")
-show_table([{"in x out": f"{X} x {out}", "tokens": n, **{f"density {d:g}": f"{table.choose(X, out, n, d)} / {table.choose(X, out, n, d, exact=False)}" for d in table.DENSITIES}}
-            for X, out in shapes for n in table.TOKENS])
+asnn.show_table([{"in x out": f"{X} x {out}", "tokens": n, **{f"density {d:g}": f"{table.choose(X, out, n, d)} / {table.choose(X, out, n, d, exact=False)}" for d in table.DENSITIES}}
+                 for X, out in shapes for n in table.TOKENS])
 print("exact backends only / with int8 rows")
 
 # %% [markdown]
@@ -320,7 +312,7 @@ forms = {"dense": brain, "gather": asnn.sparsify(brain, "gather"), "gather_int8"
          "gather_int8, int8 head and embeddings": asnn.sparsify(brain, "gather_int8", head="int8", embeddings="int8"),
          "dense int8 (torch.ao)": asnn.quantize_int8(brain)}
 quality = {name: (evaluated.ppl, evaluated.tokens) for name, model in forms.items() for evaluated in [asnn.evaluate(model, scored, recipe.seq_len, description=name)]}
-show_table([{"products": name, "PPL": f"{ppl:.4f}", "against dense": f"{100 * (ppl / quality['dense'][0] - 1):+.3f} %", "tokens": f"{count:,}"} for name, (ppl, count) in quality.items()])
+asnn.show_table([{"products": name, "PPL": f"{ppl:.4f}", "against dense": f"{100 * (ppl / quality['dense'][0] - 1):+.3f} %", "tokens": f"{count:,}"} for name, (ppl, count) in quality.items()])
 
 # %% [markdown]
 # ## The whole model
@@ -350,8 +342,8 @@ for name, step in tqdm(steps.items(), desc="first token", unit="system"):
         step()
 decoding = asnn.time_interleaved(steps, runs=max(3, 3 * repeats), min_seconds=1e-3)
 base, ao = decoding["dense fp32"].median, decoding["dense int8 (torch.ao)"].median
-show_table([{"system": name, "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "tokens/s": f"{1 / t.median:.1f}",
-             "times dense fp32": f"{base / t.median:.2f}", "times dense int8": f"{ao / t.median:.2f}", "weights, MiB": f"{asnn.tensor_bytes(systems[name]) / 2**20:.0f}"} for name, t in decoding.items()])
+asnn.show_table([{"system": name, "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "tokens/s": f"{1 / t.median:.1f}",
+                  "times dense fp32": f"{base / t.median:.2f}", "times dense int8": f"{ao / t.median:.2f}", "weights, MiB": f"{asnn.tensor_bytes(systems[name]) / 2**20:.0f}"} for name, t in decoding.items()])
 print(f"medians of {max(3, 3 * repeats)} interleaved runs, batch 1, {hardware}; peak memory of this process, all systems at once, {asnn.peak_memory_gb():.2f} GiB (measured)")
 
 # %% [markdown]
@@ -373,7 +365,7 @@ def profile_of(step, count=5):
 profiles = {name: profile_of(steps[name]) for name in ("dense fp32", "gather_int8, int8 head", "gather_int8, int8 head, compiled") if name in steps}
 for name, rows in profiles.items():
     print(name)
-    show_table(rows)
+    asnn.show_table(rows)
 
 # %% [markdown]
 # Of the dense student nearly all is in products. What was done about the three largest costs of the sparse one: the gathers went from the library's operators to the C++ kernel; the head, dense by nature, to int8; and the hundreds of small operations into one fused piece per block.
@@ -400,7 +392,7 @@ def state_calls(heads=12, width=64, share=0.4):
 
 
 updates = asnn.time_interleaved(state_calls(), runs=repeats)
-show_table([{"update of the state, 12 heads of 64": name, "microseconds (quartiles)": microseconds(t)} for name, t in updates.items()])
+asnn.show_table([{"update of the state, 12 heads of 64": name, "microseconds (quartiles)": microseconds(t)} for name, t in updates.items()])
 print("active rows win" if updates["active rows"].median < updates["dense"].median else "the dense update is faster and stays: the decay touches every entry anyway")
 
 # %% [markdown]

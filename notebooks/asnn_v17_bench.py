@@ -95,9 +95,7 @@ import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
-from IPython.display import display
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -105,7 +103,6 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # progress bar
 import asnn_common as asnn  # noqa: E402
 from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value in (("layers", layers), ("repeats", repeats)):
@@ -119,14 +116,8 @@ contexts, batches = contexts or ([16, 48] if tiny else [128, 512, 1000, 8192]), 
 compiled = not tiny if compiled is None else compiled
 width, vocabulary, positions = (64, 512, 40) if tiny else (768, 50257, 1024)
 env = asnn.environment()
-hardware = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
-print(f"{reason}; {device_reason}\n{hardware}, Python {env['python']}, " + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
-
-
-def show_table(rows):
-    frame = pd.DataFrame(rows)
-    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
-
+hardware = asnn.hardware_text(env)
+print(f"{reason}; {device_reason}\n{hardware}, {asnn.versions_text(env)}")
 
 # %% [markdown]
 # The student, its gate and its densities. What is saved by skipping is claimed for a network whose spikes are known to carry information, or marked as ungated.
@@ -177,7 +168,7 @@ else:
             model.forward = torch.autocast("cuda", {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])(model.forward)
 fastest = next(name for name in ("student, gather_int8, compiled", "student, gather_int8", "student, gather") if name in systems)
 plain = lambda name: "student, dense" if name.startswith("student") else "GPT-2, eager" if name == "GPT-2, int8" else name  # noqa: E731
-show_table([{"system": name, "parameters": f"{asnn.count_parameters(systems[plain(name)]) / 1e6:.1f}M", "weights, MiB": f"{asnn.tensor_bytes(model) / 2**20:,.1f}"} for name, model in systems.items()])
+asnn.show_table([{"system": name, "parameters": f"{asnn.count_parameters(systems[plain(name)]) / 1e6:.1f}M", "weights, MiB": f"{asnn.tensor_bytes(model) / 2**20:,.1f}"} for name, model in systems.items()])
 print(f"precision: {precision}; fastest student expected: {fastest}")
 
 # %% [markdown]
@@ -187,7 +178,7 @@ print(f"precision: {precision}; fastest student expected: {fastest}")
 # %%
 middle = contexts[min(1, len(contexts) - 1)] if contexts[min(1, len(contexts) - 1)] < positions else contexts[0]
 first = asnn.bench(systems, None, [middle], [1], repeats)
-show_table(first.table())
+asnn.show_table(first.table())
 print(f"medians of {repeats} interleaved measurements, context {middle}, {hardware}; energy counter: {first.environment['energy counter'] or 'none that can be read: energy is only estimated below'}")
 
 # %% [markdown]
@@ -196,7 +187,7 @@ print(f"medians of {repeats} interleaved measurements, context {middle}, {hardwa
 # %%
 second = asnn.bench(systems, None, [middle], [1], repeats, prefill_up_to=0)
 agreement = first.agreement(second)
-show_table([{"system": key[0], "second run over first": f"{ratio:.3f}"} for key, ratio in agreement.items()])
+asnn.show_table([{"system": key[0], "second run over first": f"{ratio:.3f}"} for key, ratio in agreement.items()])
 print(f"medians of two runs differ by {100 * np.median(np.abs(np.array(list(agreement.values())) - 1)):.1f} % in the median and {100 * max(abs(r - 1) for r in agreement.values()):.1f} % at most (measured)")
 
 # %% [markdown]
@@ -206,7 +197,7 @@ print(f"medians of two runs differ by {100 * np.median(np.abs(np.array(list(agre
 # %%
 few = [name for name in ("GPT-2, SDPA", "GPT-2, int8", "RWKV of transformers", "student, dense", fastest) if name in systems]
 by_context = asnn.bench({name: systems[name] for name in few if "RWKV" not in name}, None, contexts, [1], repeats)
-show_table(by_context.table())
+asnn.show_table(by_context.table())
 
 
 def plot_lines(bench, x, label, ylabel, value):
@@ -230,7 +221,7 @@ print("; ".join(f"{name}: {1e3 * values[0]:.2f} ms at context {contexts[0]}, {1e
 
 # %%
 by_batch = asnn.bench({name: systems[name] for name in few}, None, [contexts[0]], batches, max(3, repeats // 2), prefill_up_to=contexts[0])
-show_table(by_batch.table())
+asnn.show_table(by_batch.table())
 run.show(plot_lines(by_batch, "batch", "sequences decoded at once", "tokens/s", lambda row: row["tokens/s"]), "batches")
 
 # %% [markdown]
@@ -268,8 +259,8 @@ for row in operations:
     for what in ("MACs", "adds", "skipped", "state updates"):
         entry[what] += row[what]
     entry["density"].append(row["density"])
-show_table([{"product": product, "site": site, "MACs, dense": f"{e['MACs']:,}", "fed by spikes": "yes" if e["skipped"] or (e["adds"] and e["MACs"]) else "no", "density": f"{np.mean(e['density']):.2f}",
-             "additions left": f"{e['adds']:,}", "skipped": f"{e['skipped']:,}", "state updates": f"{e['state updates']:,}"} for (product, site), e in summed.items()])
+asnn.show_table([{"product": product, "site": site, "MACs, dense": f"{e['MACs']:,}", "fed by spikes": "yes" if e["skipped"] or (e["adds"] and e["MACs"]) else "no", "density": f"{np.mean(e['density']):.2f}",
+                  "additions left": f"{e['adds']:,}", "skipped": f"{e['skipped']:,}", "state updates": f"{e['state updates']:,}"} for (product, site), e in summed.items()])
 decoder = asnn.Decoder(large, torch.randint(0, vocabulary, (1, 8), device=device))
 with FlopCounterMode(display=False) as counter:
     decoder()
@@ -281,7 +272,7 @@ print(f"{analytic:,} MACs per token in the dense form, analytic; {counted:,} by 
 # By layer and site, from which the table above is summed:
 
 # %%
-show_table([{"layer": row["layer"], "product": row["product"], "site": row["site"], "MACs": f"{row['MACs']:,}", "density": f"{row['density']:.2f}", "adds": f"{row['adds']:,}", "skipped": f"{row['skipped']:,}", "state updates": f"{row['state updates']:,}"} for row in operations if row["layer"] in (0, "-")])
+asnn.show_table([{"layer": row["layer"], "product": row["product"], "site": row["site"], "MACs": f"{row['MACs']:,}", "density": f"{row['density']:.2f}", "adds": f"{row['adds']:,}", "skipped": f"{row['skipped']:,}", "state updates": f"{row['state updates']:,}"} for row in operations if row["layer"] in (0, "-")])
 print(f"the first of {layers} layers, and the head")
 
 # %% [markdown]
@@ -319,8 +310,8 @@ if device.type == "cpu":
               "student, gather_int8": (operations, bytes_read(asnn.sparsify(large, "gather_int8", head="int8", density=large_density)))}
 joules = {name: asnn.energy_estimate(rows, size_read) for name, (rows, size_read) in forms.items()}
 counted_joules = {row["system"]: row["joules per token"] for row in first.rows if "decode" in row}
-show_table([{"system": name, **{f"{column}, uJ (estimated)": f"{1e6 * value:,.1f}" for column, value in columns.items()}, "weights read, MB": f"{forms[name][1] / 1e6:,.1f}",
-             "measured, J": f"{counted_joules[name]:.3g}" if counted_joules.get(name) else "no counter"} for name, columns in joules.items()])
+asnn.show_table([{"system": name, **{f"{column}, uJ (estimated)": f"{1e6 * value:,.1f}" for column, value in columns.items()}, "weights read, MB": f"{forms[name][1] / 1e6:,.1f}",
+                  "measured, J": f"{counted_joules[name]:.3g}" if counted_joules.get(name) else "no counter"} for name, columns in joules.items()])
 print("estimated per decoded token, fp32 operations at 45 nm in all rows: int8 saves more than this table says, in arithmetic, and what it says in memory")
 
 # %% [markdown]
@@ -341,7 +332,7 @@ if origin.get("tax"):
 gap_of = lambda name: gaps.get(name.replace(", compiled", ""), gaps.get("student, dense") if name == "student, auto" else None)  # noqa: E731
 speed = {row["system"]: row["tokens/s"] for row in first.rows if "decode" in row}
 energy = {name: columns["idealised, with DRAM and head"] for name, columns in joules.items()}
-show_table([{"system": name, "tokens/s": f"{rate:,.1f}", "gap": f"{gap_of(name):.3f}" if gap_of(name) else "not trained", "uJ per token (estimated)": f"{1e6 * energy[name.replace(', compiled', '')]:,.0f}" if name.replace(", compiled", "") in energy else "-"} for name, rate in speed.items()])
+asnn.show_table([{"system": name, "tokens/s": f"{rate:,.1f}", "gap": f"{gap_of(name):.3f}" if gap_of(name) else "not trained", "uJ per token (estimated)": f"{1e6 * energy[name.replace(', compiled', '')]:,.0f}" if name.replace(", compiled", "") in energy else "-"} for name, rate in speed.items()])
 print(f"gap: validation PPL over that of the teacher ({teacher.ppl:.2f}) on the same {teacher.tokens:,} tokens, {origin['version']}/{origin['run']} (measured; {'gated' if loaded.gated else 'ungated'})")
 
 
@@ -381,9 +372,9 @@ teacher_ppl = origin["teacher"]["test"]["ppl"]
 gap_end = origin["gap"]["test"]["value"]
 recipe_vocabulary = brain.config.vocab_size
 untrained = recipe_vocabulary / teacher_ppl  # a model that knows nothing guesses among all tokens
-show_table([{"run": f"{origin['version']}/{origin['run']}", "steps": training["step"], "tokens/s": f"{training['tokens_per_second']:,.0f}", "hours": f"{hours:.3f}", "gap at the end": f"{gap_end:.3f}",
-             "cost, $ (estimated)": f"{hours * price_per_hour:.4f}", "cost of halving the gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, math.log2(untrained / gap_end)):.5f}",
-             "cost per point of gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, untrained - gap_end):.2g}"}])
+asnn.show_table([{"run": f"{origin['version']}/{origin['run']}", "steps": training["step"], "tokens/s": f"{training['tokens_per_second']:,.0f}", "hours": f"{hours:.3f}", "gap at the end": f"{gap_end:.3f}",
+                  "cost, $ (estimated)": f"{hours * price_per_hour:.4f}", "cost of halving the gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, math.log2(untrained / gap_end)):.5f}",
+                  "cost per point of gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, untrained - gap_end):.2g}"}])
 print(f"from a model that guesses among all {recipe_vocabulary:,} tokens (gap {untrained:.0f}) to the end of the run; hours measured, {price_per_hour} $ per hour assumed")
 
 # %% [markdown]
@@ -426,8 +417,8 @@ layer_weights = 16 * 13 * 2048 ** 2
 mean_density = float(np.mean([site_density["mix_in"]] * 4 + [site_density["mix_out"]] + [site_density["ffn_in"]] * 4 + [site_density["ffn_hidden"]] * 4))
 target_bytes = {"dense": 4.0 * (layer_weights + 2048 * vocabulary), "sparse": (1.0 if device.type == "cpu" else 4.0) * (layer_weights * mean_density + 2048 * vocabulary)}
 fits = {name: fit_latency(name, (16, target_bytes[name])) for name in ("dense", "sparse")}
-show_table([{"form": name, "width": d, "layers": n, "parameters": f"{scaled[name, d, n]['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "read per token, MB": f"{scaled[name, d, n]['bytes'] / 1e6:.1f}",
-             "weights, MiB": f"{scaled[name, d, n]['memory'] / 2**20:.0f}", "fitted, ms": f"{1e3 * (fits[name][0] * n + fits[name][1] * scaled[name, d, n]['bytes']):.2f}"} for (name, d, n), t in timings.items()])
+asnn.show_table([{"form": name, "width": d, "layers": n, "parameters": f"{scaled[name, d, n]['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "read per token, MB": f"{scaled[name, d, n]['bytes'] / 1e6:.1f}",
+                  "weights, MiB": f"{scaled[name, d, n]['memory'] / 2**20:.0f}", "fitted, ms": f"{1e3 * (fits[name][0] * n + fits[name][1] * scaled[name, d, n]['bytes']):.2f}"} for (name, d, n), t in timings.items()])
 for name, (per_layer, per_byte, estimate, half) in fits.items():
     print(f"{name}: {1e3 * per_layer:.2f} ms per layer and {1e-9 / max(per_byte, 1e-15):.1f} GB/s fitted; {parameters / 1e9:.2f}B parameters (2048 wide, 16 layers): {1e3 * max(0.0, estimate - half):.0f} to {1e3 * (estimate + half):.0f} ms per token (estimated, 95 % interval of a new measurement)")
 

@@ -168,6 +168,43 @@ def test_the_table_names_the_gpus():
     assert "| Tesla T4, 15 GiB, Tesla T4, 15 GiB |" in asnn.results_table([on_gpus])
 
 
+# ---- tables on a page
+
+
+def test_outside_a_notebook_a_table_is_printed_whole_and_without_row_numbers(monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    rows = [{"system": f"a {i}", **{f"column {j}": "x" * 30 for j in range(12)}} for i in range(120)]
+    asnn.show_table(row for row in rows)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 200  # broken into pieces, and nothing left out
+    assert "..." not in printed and all(f"column {j}" in printed for j in range(12)) and printed.count("a 119") == 1
+    asnn.show_table([{"metric": "CKA", "value": "0.5"}, {"metric": "PPL"}])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [["metric", "value"], ["CKA", "0.5"], ["PPL", "NaN"]]
+    asnn.show_table([{"prompt": "one\ntwo", "student": "three"}], prose=True)
+    assert capsys.readouterr().out == "[prompt] 'one\\ntwo'\n[student] 'three'\n\n"
+
+
+def test_in_a_notebook_a_table_is_shown_without_row_numbers(monkeypatch, capsys):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(display, "display", shown.append)
+    for prose in (False, True):
+        asnn.show_table([{"prompt": "<one>", "student": "two"}], prose)
+    plain, prose = (table.to_html() for table in shown)
+    assert capsys.readouterr().out == "" and ">prompt</th>" in plain and "row_heading" not in plain + prose
+    assert "pre-wrap" in prose and "width: 48%" in prose and "pre-wrap" not in plain
+
+
+def test_hardware_and_versions_are_said_in_one_line():
+    env = {"gpus": [], "cpu": "A CPU", "threads": 3, "python": "3.11.2", "versions": {"torch": "2.10", "numpy": "2.0"}}
+    assert asnn.hardware_text(env) == asnn.hardware_text(env, gpus=False) == "A CPU, 3 threads"
+    env["gpus"] = ["Tesla T4, 15 GiB"] * 2
+    assert asnn.hardware_text(env) == "Tesla T4, 15 GiB, Tesla T4, 15 GiB" and asnn.hardware_text(env, False) == "A CPU, 3 threads"
+    assert asnn.versions_text(env) == "Python 3.11.2, torch 2.10, numpy 2.0"
+
+
 # ---- where
 
 
