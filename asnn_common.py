@@ -19,7 +19,7 @@ Contents
     10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, energy_estimate, Bench, bench
     11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, LoadedStudent, load_student,
                        quality_table, sample_texts, run_metrics, run_checks, results_table, model_card, figure_style,
-                       plain_log, show_table, hardware_text, versions_text
+                       plain_log, show_table, show_preflight, hardware_text, versions_text
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -3427,13 +3427,15 @@ def _probe(task: Task, precision: str, steps: int, seconds: float) -> FitResult:
 
 
 def preflight(task: Task | None = None, precision: str = "auto", max_hours: float | None = None, steps: int = 20,
-              seconds: float = 10.0) -> tuple[list[dict[str, str]], list[str]]:
+              seconds: float = 10.0, device: torch.device | None = None) -> tuple[list[dict[str, str]], list[str]]:
     """(rows, advice): a table {"what", "value", "why"} of hardware, precision, memory, disk and versions, with a `task`
     also what its run needs and how long it takes by a probe of at most so many `steps` or `seconds` of training; and what
-    to do before going on, a sentence each, none where all is well. Raises ValueError for a precision that does not exist.
+    to do before going on, a sentence each, none where all is well. `device` is what a page measures that trains nothing:
+    it needs no other. Raises ValueError for a precision that does not exist.
     """
     env, rows, advice, GB = environment(), [], [], 10**9
-    device, device_reason = select_device()
+    found, device_reason = select_device()
+    trains, device = device is None, found if device is None else device
     chosen, precision_reason = select_precision(device, precision)
     place = {"kaggle": "Kaggle", "colab": "Colab", "local": "local"}[env["platform"]]
     click = {"kaggle": "choose Settings > Accelerator > GPU T4 x2 and run all again",
@@ -3451,11 +3453,13 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
         if chosen == "bf16" and capability < (8, 0):
             advice.append("bf16 was asked for and a {} (compute capability {}.{}) emulates it slowly: set precision = "
                           "'auto', which takes fp16 there.".format(name, *capability))
+    elif found.type == "cuda":
+        row("GPU", "not used", f"what is measured here is the CPU; there is {device_reason}")
     else:
         row("GPU", "none", device_reason)
-        if torch.cuda.is_available():
+        if trains and torch.cuda.is_available():
             advice.append(f"The GPU cannot be used, {device_reason}.")
-        elif env["platform"] != "local":
+        elif trains and env["platform"] != "local":
             advice.append(f"This {place} session has no GPU: {click}; without one only small profiles make sense.")
     row("CPU", hardware_text(env, gpus=False))
     row("precision", chosen, precision_reason)
@@ -3498,6 +3502,9 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
                               f"and saves; {again} run all again to go on.")
     elif total is not None:
         row("GPU memory", f"{total / 2**30:.1f} GiB")
+    else:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a system that does not say
+            row("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB", "of this machine")
     row("versions", versions_text(env), place)
     return rows, advice
 
@@ -5702,6 +5709,13 @@ def show_table(rows: Iterable[dict[str, Any]], prose: bool = False) -> None:
             print("\n".join(f"[{name}] {text!r}" for name, text in row.items()) + "\n")
     else:
         print(frame.to_string(index=False, max_colwidth=120, line_width=200))
+
+
+def show_preflight(task: Task | None = None, **options: Any) -> None:
+    """Shows the table of `preflight`, and under it what to do before going on."""
+    rows, advice = preflight(task, **options)
+    show_table(rows)
+    print("\n".join(advice) or "Nothing to change: go on.")
 
 
 def hardware_text(env: dict[str, Any], gpus: bool = True) -> str:

@@ -150,9 +150,7 @@ print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameter
 # What this machine is and, by a probe of a few training steps, how long the run will take. Below the table stands what to click where something is not as it should be.
 
 # %%
-rows, advice = asnn.preflight(task, max_hours=max_hours)
-asnn.show_table(rows)
-print("\n".join(advice) or "Nothing to change: go on.")
+asnn.show_preflight(task, max_hours=max_hours)
 
 # %% [markdown]
 # The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.

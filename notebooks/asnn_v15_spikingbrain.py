@@ -109,9 +109,7 @@ asnn.require(remedy in (None, True, False), "remedy", remedy, "None, True, False
 asnn.select_profile(profile)
 asnn.import_optional("scipy.stats")  # said now and not after the recording
 device, _ = asnn.select_device()
-rows, advice = asnn.preflight()
-asnn.show_table(rows)
-print("\n".join(advice) or "Nothing to change: go on.")
+asnn.show_preflight()
 
 # %% [markdown]
 # The student. Where no distillation notebook has left one, a short run makes one now, so that the page works; what it says is then about that run.

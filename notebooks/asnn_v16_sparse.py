@@ -82,7 +82,7 @@ run_name = None  # None: <version>-<run> of the student; a finished run is never
 
 # %% [markdown]
 # ## Configuration and environment
-# Timings belong to one machine and one number of threads; both are printed with them.
+# Timings belong to one machine and one number of threads; both are printed with them. It is the CPU that is measured, also where there is a GPU: the kernel and the int8 forms exist for the CPU only.
 
 # %%
 import copy
@@ -111,7 +111,8 @@ compiled = not tiny if compiled is None else compiled
 layers, repeats, quality_tokens = layers or (1 if tiny else 5), repeats or (3 if tiny else 9), quality_tokens or (2048 if tiny else 20_480)
 env = asnn.environment()
 hardware = asnn.hardware_text(env, gpus=False)
-print(f"{reason}\n{hardware}, {asnn.versions_text(env)}")
+print(reason)
+asnn.show_preflight(device=torch.device("cpu"), precision="fp32")
 
 
 def microseconds(timing):

@@ -109,15 +109,16 @@ for what, value in (("layers", layers), ("repeats", repeats)):
     asnn.require(value is None or isinstance(value, int) and value >= 1, what, value, "None or a whole number from 1")
 asnn.require(price_per_hour >= 0, "price_per_hour", price_per_hour, "a number from 0")
 size, reason = asnn.select_profile(profile)
-device, device_reason = asnn.select_device()
+device, _ = asnn.select_device()
 tiny = size.name == "tiny"
 layers, repeats = layers or (2 if tiny else 5), repeats or (3 if tiny else 25)
 contexts, batches = contexts or ([16, 48] if tiny else [128, 512, 1000, 8192]), batches or ([1, 2] if tiny else [1, 4, 16, 64])
 compiled = not tiny if compiled is None else compiled
 width, vocabulary, positions = (64, 512, 40) if tiny else (768, 50257, 1024)
 env = asnn.environment()
-hardware = asnn.hardware_text(env)
-print(f"{reason}; {device_reason}\n{hardware}, {asnn.versions_text(env)}")
+hardware = asnn.hardware_text(env, gpus=device.type == "cuda")
+print(reason)
+asnn.show_preflight(device=device, precision="auto" if device.type == "cuda" else "fp32")
 
 # %% [markdown]
 # The student, its gate and its densities. What is saved by skipping is claimed for a network whose spikes are known to carry information, or marked as ungated.

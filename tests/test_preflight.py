@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,36 @@ def test_bf16_asked_for_on_a_t4_is_talked_out_of(gpu):
     assert asnn.preflight(precision="bf16")[1] == []
     with pytest.raises(ValueError, match="precision is 'fp8'; allowed: auto, fp32, fp16, bf16"):
         asnn.preflight(precision="fp8")
+
+
+def test_a_page_that_measures_the_cpu_says_so_and_asks_for_no_gpu(monkeypatch, gpu, no_gpu):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    cpu = torch.device("cpu")
+    rows, advice = asnn.preflight(device=cpu, precision="fp32")
+    table = named(rows)
+    assert advice == [] and table["GPU"] == "none no CUDA device" and table["precision"].startswith("fp32 ")
+    assert table["memory"].endswith("GiB of this machine") and float(table["memory"].split()[0]) > 0.1
+    gpu()
+    rows, advice = asnn.preflight(device=cpu, precision="fp32")
+    assert advice == [] and named(rows)["GPU"] == "not used what is measured here is the CPU; there is Tesla T4, 15 GiB"
+    assert "GPU memory" not in named(rows) and named(rows)["precision"].startswith("fp32 ")
+    assert asnn.preflight(device=torch.device("cuda", 0)) == asnn.preflight()  # all that it may need is there
+
+
+def test_a_card_that_cannot_be_used_is_named_to_a_page_that_trains_nothing(gpu):
+    gpu("Tesla P100", (6, 0), works=False)
+    rows, advice = asnn.preflight(device=torch.device("cpu"))
+    assert advice == [] and named(rows)["GPU"].startswith("none Tesla P100 (sm_60) has no kernels")
+
+
+def test_the_table_is_shown_and_what_to_do_stands_under_it(monkeypatch, no_gpu, capsys):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    asnn.show_preflight()
+    printed = capsys.readouterr().out
+    assert "no CUDA device" in printed and printed.endswith("Nothing to change: go on.\n")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    asnn.show_preflight()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("This Kaggle session has no GPU: choose Settings")
 
 
 def test_too_little_memory_is_said_when_the_probe_runs_out_of_it(monkeypatch, gpu, task):
