@@ -3429,9 +3429,9 @@ def _probe(task: Task, precision: str, steps: int, seconds: float) -> FitResult:
 def preflight(task: Task | None = None, precision: str = "auto", max_hours: float | None = None, steps: int = 20,
               seconds: float = 10.0, device: torch.device | None = None) -> tuple[list[dict[str, str]], list[str]]:
     """(rows, advice): a table {"what", "value", "why"} of hardware, precision, memory, disk and versions, with a `task`
-    also what its run needs and how long it takes by a probe of at most so many `steps` or `seconds` of training; and what
-    to do before going on, a sentence each, none where all is well. `device` is what a page measures that trains nothing:
-    it needs no other. Raises ValueError for a precision that does not exist.
+    also what its run needs and how long it takes by a probe of at most so many `steps` or `seconds` of training; and
+    what to do before going on, a sentence each, none where all is well. `device` is what a page measures that trains
+    nothing and needs no other. Raises ValueError for a precision that does not exist.
     """
     env, rows, advice, GB = environment(), [], [], 10**9
     found, device_reason = select_device()
@@ -3504,7 +3504,8 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
         row("GPU memory", f"{total / 2**30:.1f} GiB")
     else:
         with contextlib.suppress(AttributeError, OSError, ValueError):  # a system that does not say
-            row("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB", "of this machine")
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            row("memory", f"{memory / 2**30:.1f} GiB", "of this machine")
     row("versions", versions_text(env), place)
     return rows, advice
 
@@ -5694,8 +5695,8 @@ def plain_log(axis: Any, values: Iterable[float] | None = None) -> None:
 
 
 def show_table(rows: Iterable[dict[str, Any]], prose: bool = False) -> None:
-    """Shows rows {column: value} as a table, or prints them where no notebook is looking. `prose`: cells hold long texts,
-    which get columns of one width, or lines of their own."""
+    """Shows rows {column: value} as a table, or prints them where no notebook is looking. `prose`: cells hold long
+    texts, which get columns of one width, or lines of their own."""
     rows = list(rows)
     frame = import_optional("pandas").DataFrame(rows)
     if "ipykernel" in sys.modules:
@@ -5909,7 +5910,7 @@ def gate_status(student: nn.Module, outputs: Path | None = None) -> tuple[bool, 
 
 
 def densities_at(density: dict[str, float], site: str | None) -> list[float]:
-    """What `spike_density` found at a site, one value for each layer and, at mix_in, each input; [] where no spikes are."""
+    """What `spike_density` found at a site, a value for each layer and, at mix_in, each input; [] where no spikes are."""
     return [share for name, share in density.items() if site and name.split(".")[1 if "." in name else 0] == site]
 
 
@@ -5954,8 +5955,8 @@ def load_student(name: str | None, profile: Profile, reason: str, recipe: str = 
     """The student that a notebook works on, with its task and its gate.
 
     Args:
-        name: see `find_run`; None takes the newest of a version that is not in `without` and has the spike sites `sites`,
-            a short run only where there is no other, and else makes one of `recipe` with so many `steps`.
+        name: see `find_run`; None takes the newest of a version that is not in `without` and has the spike sites
+            `sites`, a short run only where there is no other, and else makes one of `recipe` with so many `steps`.
         profile, reason: of that short run, as `select_profile` gives them.
         data: corpus and teacher in the place of those of the student's run, where they are not None.
     Raises:
@@ -5970,7 +5971,8 @@ def load_student(name: str | None, profile: Profile, reason: str, recipe: str = 
             f"one with spikes at {', '.join(sites)}, as runs of recipe {recipe} have; this one has them at "
             + ", ".join(student.config.spike_sites))
     made_with = made_with.replace(**{what: value for what, value in data.items() if value is not None})
-    return LoadedStudent(folder, student, made_by, made_with, metrics, load_task(made_by, made_with), *gate_status(student))
+    task = load_task(made_by, made_with)
+    return LoadedStudent(folder, student, made_by, made_with, metrics, task, *gate_status(student))
 
 
 def quality_table(measured: dict[str, dict[str, Evaluation]]) -> list[dict[str, str]]:
@@ -6090,7 +6092,8 @@ def results_table(metrics: list[dict[str, Any]]) -> str:
             "| "
             f"{m['student']['parameters'] / 1e6:.1f}M | {m['training']['step']} | {m['teacher']['test']['ppl']:.2f} | "
             f"{test['ppl']:.2f} | {gap['value']:.3f} ± {gap['standard_error']:.3f} ({test['windows']}) | {bits} | "
-            f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | {hardware_text(m['environment'])} |")
+            f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | "
+            f"{hardware_text(m['environment'])} |")
     return "\n".join(lines)
 
 
