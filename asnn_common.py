@@ -4987,6 +4987,10 @@ class Timing:
     runs: int
     p95: float
 
+    def text(self, unit: float = 1e3, spec: str = ".2f") -> str:
+        """"median (low to high)" in units of which a second has so many, by default milliseconds."""
+        return "{} ({} to {})".format(*(format(unit * value, spec) for value in (self.median, self.low, self.high)))
+
 
 def time_interleaved(calls: dict[Any, Callable[[], Any]], runs: int = 7, min_seconds: float = 2e-3,
                      progress: str = "") -> dict[Any, Timing]:
@@ -5530,9 +5534,6 @@ class Bench:
 
     def table(self) -> list[dict[str, str]]:
         """The rows as text, measured values with their unit."""
-        def ms(timing: dict[str, float]) -> str:
-            return f"{1e3 * timing['median']:.2f} ({1e3 * timing['low']:.2f} to {1e3 * timing['high']:.2f})"
-
         def mib(size: int) -> str:
             return f"{size / 2**20:,.1f}"
         table = []
@@ -5543,8 +5544,9 @@ class Bench:
                 continue
             memory, joules = row["memory"], row["joules per token"]
             table.append(cells | {
-                "ms per step (quartiles)": ms(row["decode"]), "p95": f"{1e3 * row['decode']['p95']:.2f}",
-                "tokens/s": f"{row['tokens/s']:,.1f}", "time to first token, ms": ms(row["prefill"]) if row["prefill"] else "-",
+                "ms per step (quartiles)": Timing(**row["decode"]).text(), "p95": f"{1e3 * row['decode']['p95']:.2f}",
+                "tokens/s": f"{row['tokens/s']:,.1f}",
+                "time to first token, ms": Timing(**row["prefill"]).text() if row["prefill"] else "-",
                 "prefill tokens/s": f"{row['batch'] * row['context'] / row['prefill']['median']:,.0f}" if row["prefill"] else "-",
                 "weights, MiB": mib(memory["weights"]), "state or cache, MiB": mib(memory["cache"]),
                 "activations, MiB": mib(memory["activations"]), "J per token (measured)": f"{joules:.3g}" if joules else "-"})

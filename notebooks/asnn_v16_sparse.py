@@ -114,11 +114,6 @@ hardware = asnn.hardware_text(env, gpus=False)
 print(reason)
 asnn.show_preflight(device=torch.device("cpu"), precision="fp32")
 
-
-def microseconds(timing):
-    return f"{1e6 * timing.median:,.0f} ({1e6 * timing.low:,.0f} to {1e6 * timing.high:,.0f})"
-
-
 # %% [markdown]
 # The student, and its gate first: what follows is a claim about a network whose spikes are known to carry information, or it is marked as ungated.
 
@@ -178,7 +173,7 @@ for (X, out), site in shapes.items():
     for name, timing in timings.items():
         skips, width = name.startswith(("gather", "embedding_bag")), (out + 8) / out if name in asnn.INT8 else 4
         limit = width * X * out * (share if skips else 1) / bandwidth
-        rows.append({"in x out": f"{X} x {out}", "density": f"{share:.2f}", "backend": name, "microseconds (quartiles)": microseconds(timing),
+        rows.append({"in x out": f"{X} x {out}", "density": f"{share:.2f}", "backend": name, "microseconds (quartiles)": timing.text(1e6, ",.0f"),
                      "times linear": f"{timings['linear'].median / timing.median:.2f}", "times the limit of memory": f"{timing.median / limit:.2f}" if skips or name in ("linear", "dense") else "-"})
 asnn.show_table(rows)
 print(f"medians of {repeats} interleaved runs, one token, weights out of cache, {hardware}")
@@ -343,7 +338,7 @@ for name, step in tqdm(steps.items(), desc="first token", unit="system"):
         step()
 decoding = asnn.time_interleaved(steps, runs=max(3, 3 * repeats), min_seconds=1e-3)
 base, ao = decoding["dense fp32"].median, decoding["dense int8 (torch.ao)"].median
-asnn.show_table([{"system": name, "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "tokens/s": f"{1 / t.median:.1f}",
+asnn.show_table([{"system": name, "ms per token (quartiles)": t.text(), "tokens/s": f"{1 / t.median:.1f}",
                   "times dense fp32": f"{base / t.median:.2f}", "times dense int8": f"{ao / t.median:.2f}", "weights, MiB": f"{asnn.tensor_bytes(systems[name]) / 2**20:.0f}"} for name, t in decoding.items()])
 print(f"medians of {max(3, 3 * repeats)} interleaved runs, batch 1, {hardware}; peak memory of this process, all systems at once, {asnn.peak_memory_gb():.2f} GiB (measured)")
 
@@ -393,7 +388,7 @@ def state_calls(heads=12, width=64, share=0.4):
 
 
 updates = asnn.time_interleaved(state_calls(), runs=repeats)
-asnn.show_table([{"update of the state, 12 heads of 64": name, "microseconds (quartiles)": microseconds(t)} for name, t in updates.items()])
+asnn.show_table([{"update of the state, 12 heads of 64": name, "microseconds (quartiles)": t.text(1e6, ",.0f")} for name, t in updates.items()])
 print("active rows win" if updates["active rows"].median < updates["dense"].median else "the dense update is faster and stays: the decay touches every entry anyway")
 
 # %% [markdown]

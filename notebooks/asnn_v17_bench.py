@@ -428,7 +428,7 @@ layer_weights = 16 * 13 * 2048 ** 2
 mean_density = float(np.mean([site_density["mix_in"]] * 4 + [site_density["mix_out"]] + [site_density["ffn_in"]] * 4 + [site_density["ffn_hidden"]] * 4))
 target_bytes = {"dense": 4.0 * (layer_weights + 2048 * vocabulary), "sparse": (1.0 if device.type == "cpu" else 4.0) * (layer_weights * mean_density + 2048 * vocabulary)}
 fits = {name: fit_latency(name, (16, target_bytes[name])) for name in ("dense", "sparse")}
-asnn.show_table([{"form": name, "width": d, "layers": n, "parameters": f"{scaled[name, d, n]['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "read per token, MB": f"{scaled[name, d, n]['bytes'] / 1e6:.1f}",
+asnn.show_table([{"form": name, "width": d, "layers": n, "parameters": f"{scaled[name, d, n]['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": t.text(), "read per token, MB": f"{scaled[name, d, n]['bytes'] / 1e6:.1f}",
                   "weights, MiB": f"{scaled[name, d, n]['memory'] / 2**20:.0f}", "fitted, ms": f"{1e3 * (fits[name][0] * n + fits[name][1] * scaled[name, d, n]['bytes']):.2f}"} for (name, d, n), t in timings.items()])
 for name, (per_layer, per_byte, estimate, half) in fits.items():
     print(f"{name}: {1e3 * per_layer:.2f} ms per layer and {1e-9 / max(per_byte, 1e-15):.1f} GB/s fitted; {parameters / 1e9:.2f}B parameters (2048 wide, 16 layers): {1e3 * max(0.0, estimate - half):.0f} to {1e3 * (estimate + half):.0f} ms per token (estimated, 95 % interval of a new measurement)")
