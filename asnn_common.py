@@ -4626,13 +4626,14 @@ def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: 
 
 
 class RemediationResult(NamedTuple):
-    """A remedied student, and the validations and PPLs on the same tokens before and after."""
+    """A remedied student, and the validations and PPLs on the same tokens before and after; `after` and `ppl_after` are
+    None where the time budget ended the remedy, which then has no `table`."""
 
     student: GooseForCausalLM
     before: ValidationResult
-    after: ValidationResult
+    after: ValidationResult | None
     ppl_before: float
-    ppl_after: float
+    ppl_after: float | None
     training: FitResult
 
     def table(self) -> list[dict[str, str]]:
@@ -4657,14 +4658,14 @@ class RemediationResult(NamedTuple):
 def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSampler, recipe: Recipe,
               validate: Callable[[GooseForCausalLM], ValidationResult], ppl: Callable[[GooseForCausalLM], float],
               settings: Remediation | None = None, before: ValidationResult | None = None, folder: Path | None = None,
-              description: str = "remediation") -> RemediationResult:
+              description: str = "remediation", max_hours: float | None = None) -> RemediationResult:
     """Fine-tunes a copy of a student that failed the gate and validates it again; the student given stays as it is.
 
     Args:
         recipe: that of the student's run; its objective goes on at a fixed temperature, without FDD and alignment.
         validate, ppl: what measures a student, on validation tokens. A rise of PPL by more than 2 % fails the gate.
         before: the validation of the student where it is known.
-        folder: see `fit`.
+        folder, max_hours: see `fit`. A remedy that the budget ends is not validated; the next call goes on with it.
     """
     settings = settings or Remediation()
     given = {"temperature": "fixed", "tau": 1.0} if recipe.temperature != "fixed" else {}
@@ -4674,9 +4675,11 @@ def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSamp
     before, ppl_before = before or validate(student), ppl(student)
     mended = prepare_remedy(student, settings, sampler.batch(0, recipe.batch_size)[0])
     objective = RemediationObjective(mended, teacher, recipe, settings, before.meta.get("layer_of"))
-    training = fit(objective, sampler, FitConfig.from_recipe(recipe, eval_every=10**9, patience=None), None, folder,
-                   description)
+    config = FitConfig.from_recipe(recipe, eval_every=10**9, patience=None, max_hours=max_hours)
+    training = fit(objective, sampler, config, None, folder, description)
     mended = mended.to(next(student.parameters()).device).eval()
+    if not training.finished:
+        return RemediationResult(mended, before, None, ppl_before, None, training)
     after, ppl_after = validate(mended), ppl(mended)
     after.meta |= {"PPL rise": round(ppl_after / ppl_before - 1, 12), "PPL before": ppl_before, "PPL after": ppl_after,
                    "remedy of": before.meta.get("student"), "remedy": dataclasses.asdict(settings)}

@@ -81,6 +81,7 @@ tokens = None  # validation tokens that are recorded; None: 4,096 in profile tin
 remedy = None  # True, False; None: when the gate fails
 remedy_steps = None  # optimiser steps of the remedy; None: 5 in profile tiny, else 250
 damage_windows = 16  # windows on which interventions are scored
+max_hours = None  # stop the remedy and save it after so many hours of this page; run again with the same name to go on
 seed = 42
 run_name = None  # None: <version>-<run> of the student; a finished run is never overwritten
 
@@ -106,6 +107,7 @@ begin = time.perf_counter()
 for what, value, least in (("tokens", tokens, 2048), ("remedy_steps", remedy_steps, 1), ("damage_windows", damage_windows, 2), ("seed", seed, 0)):
     asnn.require(value is None and what != "seed" or isinstance(value, int) and value >= least, what, value, f"None or a whole number from {least}")
 asnn.require(remedy in (None, True, False), "remedy", remedy, "None, True, False")
+asnn.check_numbers({"max_hours": max_hours}, {"max_hours": "float | None"})
 asnn.select_profile(profile)
 asnn.import_optional("scipy.stats")  # said now and not after the recording
 device, _ = asnn.select_device()
@@ -385,19 +387,26 @@ def again(model):
     return validator.validate(model, teacher_model, loader, meta=about)
 
 
-final, left, remedied = first, brain, None
+final, left, remedied, unfinished = first, brain, None, ""
 if remedy or remedy is None and first.gate["verdict"] == "failed":
     steps = {"steps": remedy_steps or (5 if size.name == "tiny" else 250)}
     parts = asnn.Remediation.for_gate(first.gate, **steps) if first.gate["verdict"] == "failed" else asnn.Remediation(**steps)
     print(parts)
     sampler = asnn.WindowSampler(task.tokens["train"], recipe.seq_len, recipe.seed + 1)
-    remedied = asnn.remediate(brain, teacher_model, sampler, recipe, again, perplexity, parts, before=first, folder=run.folder)
+    # What came before counts too: the session ends when its hours do.
+    hours_left = None if max_hours is None else max(1e-6, max_hours - (time.perf_counter() - begin) / 3600)
+    remedied = asnn.remediate(brain, teacher_model, sampler, recipe, again, perplexity, parts, before=first, folder=run.folder, max_hours=hours_left)
+    if not remedied.training.finished:
+        unfinished = f"The remedy is unfinished, {remedied.training.stopped} at step {remedied.training.step} of {parts.steps}: run all cells again with the same parameters to go on."
+        remedied = None
+        print(unfinished)
+if remedied:
     if remedied.after.gate["verdict"] == "passed":
         final, left = remedied.after, remedied.student
     asnn.show_table(remedied.table())
     print(f"gate after the remedy: {remedied.after.gate['verdict']}; {remedied.training.step} steps in {remedied.training.seconds:.0f} s"
           + ("" if left is not brain else "; the student before it goes on, ungated or not as it was"))
-else:
+elif not unfinished:
     print("no remedy: " + ("switched off" if remedy is False else "the gate was passed"))
 
 # %%
@@ -424,7 +433,7 @@ print(f"gate of student {gate['student']}: {gate['verdict']}")
 
 # %% [markdown]
 # ## Saved artefacts
-# The metrics of the student that goes on, the gate, and both validations in full. The student is saved again only when it has changed.
+# The metrics of the student that goes on, the gate, and both validations in full. The student is saved again only when it has changed. A run whose remedy is unfinished has no metrics yet, and its gate is that of the student before it.
 
 # %%
 metrics = {**origin, "version": f"v15 of {origin['version']}", "run": run.folder.name, "gate": gate, "notebook_seconds": time.perf_counter() - begin}
@@ -434,7 +443,8 @@ if left is not brain:
                 for who, model in (("teacher", teacher_model), ("student", left))}
     metrics = {**asnn.run_metrics(run, task, size, left, remedied.training, measured), "version": f"v15 of {origin['version']}", "gate": gate,
                "remedied_from": {"run": f"{origin['version']}/{origin['run']}", "training": origin["training"]}, "notebook_seconds": time.perf_counter() - begin}
-run.finish(metrics, left.cpu() if left is not brain else None, master.tokenizer)
+if not unfinished:
+    run.finish(metrics, left.cpu() if left is not brain else None, master.tokenizer)
 if run.main:
     asnn.write_atomically(shared, json.dumps(gate, indent=1, sort_keys=True))
 
@@ -490,4 +500,6 @@ print(in_words(first, damage))
 if remedied:
     print(f"After the remedy the gate was {remedied.after.gate['verdict']}" + "".join(f", {name} failed" for name in remedied.after.summary["failed"])
           + f"; validation PPL {remedied.ppl_before:.2f} -> {remedied.ppl_after:.2f}. The numbers above are of the student before it.")
+if unfinished:
+    print(unfinished)
 print(f"{time.perf_counter() - begin:.0f} s in this notebook; gate in {os.path.relpath(shared)}")
