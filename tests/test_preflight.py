@@ -4,7 +4,7 @@ import importlib
 import json
 import shutil
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +208,52 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path, distillation):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in log if name in row] and found
     assert [event.value for event in events.Scalars("val_density/0.k")] == [0.25, 0.25]
+
+
+@pytest.fixture
+def trackio(monkeypatch):
+    """A module in the place of trackio, as accelerate sees it, and what it was given: {"runs", "config", "rows"}. As the
+    real one it sends rows in groups: those of a run that is not finished are lost."""
+    tracking = pytest.importorskip("accelerate.tracking")
+    module, given = ModuleType("trackio"), {"runs": [], "config": [], "rows": []}
+
+    class TrackioRun:
+        def __init__(self):
+            self.waiting = []
+
+        def log(self, metrics, step=None):
+            assert all(isinstance(value, (bool, str, float, int)) for value in metrics.values())
+            self.waiting.append((step, dict(metrics)))
+
+        def finish(self):
+            given["rows"] += self.waiting
+            self.waiting = None
+
+    def init(project, name=None):
+        given["runs"].append((project, name))
+        return TrackioRun()
+    module.init, module.config = init, SimpleNamespace(update=lambda values, allow_val_change: given["config"].append(values))
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    if tracking.LoggerType.TRACKIO not in tracking.get_available_trackers():  # accelerate looks once, as it is imported
+        monkeypatch.setattr(tracking, "_available_trackers", [*tracking._available_trackers, tracking.LoggerType.TRACKIO])
+    return given
+
+
+def test_trackio_is_given_every_row_of_the_log(tmp_path, distillation, trackio):
+    folder = tmp_path / "v14.3" / "night"
+    fit_with(distillation, folder, "trackio", steps=7)
+    assert len(trackio["rows"]) == 8  # a row for each step, and an evaluation
+    result = fit_with(distillation, folder, "trackio")  # resumed
+    assert trackio["runs"] == [("asnn-goose", "v14.3/night")] * 2
+    assert [values["lr"] for values in trackio["config"]] == [2e-3] * 2
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log == result.log and len(log) == 14
+    expected = []
+    for row in log:
+        flat = {name: value for name, value in row.items() if name not in ("step", "val_density") and value is not None}
+        flat |= {f"val_density/{site}": share for site, share in row.get("val_density", {}).items()}
+        expected.append((row["step"], flat))
+    assert trackio["rows"] == expected
 
 
 def test_without_a_tracker_there_is_the_log_alone_and_the_same_run(tmp_path, distillation):
