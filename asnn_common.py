@@ -5915,7 +5915,7 @@ def gate_status(student: nn.Module, outputs: Path | None = None) -> tuple[bool, 
 
 
 def densities_at(density: dict[str, float], site: str | None) -> list[float]:
-    """What `spike_density` found at a site, a value for each layer and, at mix_in, each input; [] where no spikes are."""
+    """What `spike_density` found at a site: a value for each layer and, at mix_in, each input; [] without spikes."""
     return [share for name, share in density.items() if site and name.split(".")[1 if "." in name else 0] == site]
 
 

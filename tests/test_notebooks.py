@@ -232,8 +232,8 @@ def test_a_remedy_is_finished_by_a_second_session_and_claimed_only_then(tmp_path
         folder = outputs / "v15" / "night"
         gate, found = (json.loads((folder / name).read_text()) for name in ("gate.json", "validation.json"))
         assert json.loads((folder.parent / "gate.json").read_text()) == gate
-        said = ("The remedy is unfinished, time budget at step 1 of 4: run all cells again with the same parameters to go "
-                "on.")
+        said = ("The remedy is unfinished, time budget at step 1 of 4: run all cells again with the same parameters "
+                "to go on.")
         assert done.stdout.count(said) == (2 if session == "first" else 0)
         assert ("gate after the remedy" in done.stdout) == (session == "second")
         if session == "first":

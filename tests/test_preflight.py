@@ -212,8 +212,8 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path, distillation):
 
 @pytest.fixture
 def trackio(monkeypatch):
-    """A module in the place of trackio, as accelerate sees it, and what it was given: {"runs", "config", "rows"}. As the
-    real one it sends rows in groups: those of a run that is not finished are lost."""
+    """A module in the place of trackio, and what accelerate gives it: {"runs", "config", "rows"}. As the real one it
+    sends rows in groups: those of a run that is not finished are lost."""
     tracking = pytest.importorskip("accelerate.tracking")
     module, given = ModuleType("trackio"), {"runs": [], "config": [], "rows": []}
 
@@ -232,10 +232,12 @@ def trackio(monkeypatch):
     def init(project, name=None):
         given["runs"].append((project, name))
         return TrackioRun()
-    module.init, module.config = init, SimpleNamespace(update=lambda values, allow_val_change: given["config"].append(values))
+    module.init = init
+    module.config = SimpleNamespace(update=lambda values, allow_val_change: given["config"].append(values))
     monkeypatch.setitem(sys.modules, "trackio", module)
     if tracking.LoggerType.TRACKIO not in tracking.get_available_trackers():  # accelerate looks once, as it is imported
-        monkeypatch.setattr(tracking, "_available_trackers", [*tracking._available_trackers, tracking.LoggerType.TRACKIO])
+        available = [*tracking.get_available_trackers(), tracking.LoggerType.TRACKIO]
+        monkeypatch.setattr(tracking, "_available_trackers", available)
     return given
 
 
