@@ -18,8 +18,9 @@ Contents
     9  Sparse          SpikeVector, load_kernel, PRODUCTS, time_interleaved, BackendTable, SpikeLinear, compile_step,
                        sparsify
     10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, energy_estimate, Bench, bench
-    11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, quality_table,
-                       sample_texts, run_metrics, run_checks, results_table, model_card, figure_style, plain_log
+    11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, LoadedStudent, load_student,
+                       quality_table, sample_texts, run_metrics, run_checks, results_table, model_card, figure_style,
+                       plain_log, show_table, show_preflight, hardware_text, versions_text
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -3651,13 +3652,15 @@ def _probe(task: Task, precision: str, steps: int, seconds: float) -> FitResult:
 
 
 def preflight(task: Task | None = None, precision: str = "auto", max_hours: float | None = None, steps: int = 20,
-              seconds: float = 10.0) -> tuple[list[dict[str, str]], list[str]]:
+              seconds: float = 10.0, device: torch.device | None = None) -> tuple[list[dict[str, str]], list[str]]:
     """(rows, advice): a table {"what", "value", "why"} of hardware, precision, memory, disk and versions, with a `task`
-    also what its run needs and how long it takes by a probe of at most so many `steps` or `seconds` of training; and what
-    to do before going on, a sentence each, none where all is well. Raises ValueError for a precision that does not exist.
+    also what its run needs and how long it takes by a probe of at most so many `steps` or `seconds` of training; and
+    what to do before going on, a sentence each, none where all is well. `device` is what a page measures that trains
+    nothing and needs no other. Raises ValueError for a precision that does not exist.
     """
     env, rows, advice, GB = environment(), [], [], 10**9
-    device, device_reason = select_device()
+    found, device_reason = select_device()
+    trains, device = device is None, found if device is None else device
     chosen, precision_reason = select_precision(device, precision)
     place = {"kaggle": "Kaggle", "colab": "Colab", "local": "local"}[env["platform"]]
     click = {"kaggle": "choose Settings > Accelerator > GPU T4 x2 and run all again",
@@ -3675,14 +3678,16 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
         if chosen == "bf16" and capability < (8, 0):
             advice.append("bf16 was asked for and a {} (compute capability {}.{}) emulates it slowly: set precision = "
                           "'auto', which takes fp16 there.".format(name, *capability))
+    elif found.type == "cuda":
+        row("GPU", "not used", f"what is measured here is the CPU; there is {device_reason}")
     else:
         row("GPU", "none", device_reason)
-        if torch.cuda.is_available():
+        if trains and torch.cuda.is_available():
             advice.append(f"The GPU cannot be used, {device_reason}.")
-        elif env["platform"] != "local":
+        elif trains and env["platform"] != "local":
             offer = " (offered once the phone number of the account is verified)" if env["platform"] == "kaggle" else ""
             advice.append(f"This {place} session has no GPU: {click}{offer}; without one only small profiles make sense.")
-    row("CPU", f"{env['cpu']}, {env['threads']} threads")
+    row("CPU", hardware_text(env, gpus=False))
     row("precision", chosen, precision_reason)
     outputs = outputs_folder()
     free = shutil.disk_usage(next(path for path in (outputs, *outputs.parents) if path.is_dir())).free
@@ -3726,7 +3731,11 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
                               f"and saves; {again} run all again to go on.")
     elif total is not None:
         row("GPU memory", f"{total / 2**30:.1f} GiB")
-    row("versions", f"Python {env['python']}, " + ", ".join(f"{k} {v}" for k, v in env["versions"].items()), place)
+    else:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a system that does not say
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            row("memory", f"{memory / 2**30:.1f} GiB", "of this machine")
+    row("versions", versions_text(env), place)
     return rows, advice
 
 
@@ -4819,13 +4828,14 @@ def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: 
 
 
 class RemediationResult(NamedTuple):
-    """A remedied student, and the validations and PPLs on the same tokens before and after."""
+    """A remedied student, and the validations and PPLs on the same tokens before and after; `after` and `ppl_after` are
+    None where the time budget ended the remedy, which then has no `table`."""
 
     student: GooseForCausalLM
     before: ValidationResult
-    after: ValidationResult
+    after: ValidationResult | None
     ppl_before: float
-    ppl_after: float
+    ppl_after: float | None
     training: FitResult
 
     def table(self) -> list[dict[str, str]]:
@@ -4850,14 +4860,14 @@ class RemediationResult(NamedTuple):
 def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSampler, recipe: Recipe,
               validate: Callable[[GooseForCausalLM], ValidationResult], ppl: Callable[[GooseForCausalLM], float],
               settings: Remediation | None = None, before: ValidationResult | None = None, folder: Path | None = None,
-              description: str = "remediation") -> RemediationResult:
+              description: str = "remediation", max_hours: float | None = None) -> RemediationResult:
     """Fine-tunes a copy of a student that failed the gate and validates it again; the student given stays as it is.
 
     Args:
         recipe: that of the student's run; its objective goes on at a fixed temperature, without FDD and alignment.
         validate, ppl: what measures a student, on validation tokens. A rise of PPL by more than 2 % fails the gate.
         before: the validation of the student where it is known.
-        folder: see `fit`.
+        folder, max_hours: see `fit`. A remedy that the budget ends is not validated; the next call goes on with it.
     """
     settings = settings or Remediation()
     given = {"temperature": "fixed", "tau": 1.0} if recipe.temperature != "fixed" else {}
@@ -4867,9 +4877,11 @@ def remediate(student: GooseForCausalLM, teacher: nn.Module, sampler: WindowSamp
     before, ppl_before = before or validate(student), ppl(student)
     mended = prepare_remedy(student, settings, sampler.batch(0, recipe.batch_size)[0])
     objective = RemediationObjective(mended, teacher, recipe, settings, before.meta.get("layer_of"))
-    training = fit(objective, sampler, FitConfig.from_recipe(recipe, eval_every=10**9, patience=None), None, folder,
-                   description)
+    config = FitConfig.from_recipe(recipe, eval_every=10**9, patience=None, max_hours=max_hours)
+    training = fit(objective, sampler, config, None, folder, description)
     mended = mended.to(next(student.parameters()).device).eval()
+    if not training.finished:
+        return RemediationResult(mended, before, None, ppl_before, None, training)
     after, ppl_after = validate(mended), ppl(mended)
     after.meta |= {"PPL rise": round(ppl_after / ppl_before - 1, 12), "PPL before": ppl_before, "PPL after": ppl_after,
                    "remedy of": before.meta.get("student"), "remedy": dataclasses.asdict(settings)}
@@ -5179,6 +5191,10 @@ class Timing:
     high: float
     runs: int
     p95: float
+
+    def text(self, unit: float = 1e3, spec: str = ".2f") -> str:
+        """"median (low to high)" in units of which a second has so many, by default milliseconds."""
+        return "{} ({} to {})".format(*(format(unit * value, spec) for value in (self.median, self.low, self.high)))
 
 
 def time_interleaved(calls: dict[Any, Callable[[], Any]], runs: int = 7, min_seconds: float = 2e-3,
@@ -5723,9 +5739,6 @@ class Bench:
 
     def table(self) -> list[dict[str, str]]:
         """The rows as text, measured values with their unit."""
-        def ms(timing: dict[str, float]) -> str:
-            return f"{1e3 * timing['median']:.2f} ({1e3 * timing['low']:.2f} to {1e3 * timing['high']:.2f})"
-
         def mib(size: int) -> str:
             return f"{size / 2**20:,.1f}"
         table = []
@@ -5736,8 +5749,9 @@ class Bench:
                 continue
             memory, joules = row["memory"], row["joules per token"]
             table.append(cells | {
-                "ms per step (quartiles)": ms(row["decode"]), "p95": f"{1e3 * row['decode']['p95']:.2f}",
-                "tokens/s": f"{row['tokens/s']:,.1f}", "time to first token, ms": ms(row["prefill"]) if row["prefill"] else "-",
+                "ms per step (quartiles)": Timing(**row["decode"]).text(), "p95": f"{1e3 * row['decode']['p95']:.2f}",
+                "tokens/s": f"{row['tokens/s']:,.1f}",
+                "time to first token, ms": Timing(**row["prefill"]).text() if row["prefill"] else "-",
                 "prefill tokens/s": f"{row['batch'] * row['context'] / row['prefill']['median']:,.0f}" if row["prefill"] else "-",
                 "weights, MiB": mib(memory["weights"]), "state or cache, MiB": mib(memory["cache"]),
                 "activations, MiB": mib(memory["activations"]), "J per token (measured)": f"{joules:.3g}" if joules else "-"})
@@ -5885,6 +5899,41 @@ def plain_log(axis: Any, values: Iterable[float] | None = None) -> None:
     axis.set_major_locator(ticker.LogLocator(subs=subs) if values is None else ticker.FixedLocator(list(values)))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+
+
+def show_table(rows: Iterable[dict[str, Any]], prose: bool = False) -> None:
+    """Shows rows {column: value} as a table, or prints them where no notebook is looking. `prose`: cells hold long
+    texts, which get columns of one width, or lines of their own."""
+    rows = list(rows)
+    frame = import_optional("pandas").DataFrame(rows)
+    if "ipykernel" in sys.modules:
+        styled = frame.style.hide(axis="index")
+        if prose:
+            styled = styled.set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
+                                              "font-family": "monospace", "width": f"{96 // len(frame.columns)}%"})
+        import_optional("IPython.display").display(styled)
+    elif prose:
+        for row in rows:
+            print("\n".join(f"[{name}] {text!r}" for name, text in row.items()) + "\n")
+    else:
+        print(frame.to_string(index=False, max_colwidth=120, line_width=200))
+
+
+def show_preflight(task: Task | None = None, **options: Any) -> None:
+    """Shows the table of `preflight`, and under it what to do before going on."""
+    rows, advice = preflight(task, **options)
+    show_table(rows)
+    print("\n".join(advice) or "Nothing to change: go on.")
+
+
+def hardware_text(env: dict[str, Any], gpus: bool = True) -> str:
+    """What a measurement in this `environment` was made on: its GPUs, without them or `gpus` its CPU and threads."""
+    return gpus and ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
+
+
+def versions_text(env: dict[str, Any]) -> str:
+    """The versions in an `environment`, Python's first."""
+    return ", ".join([f"Python {env['python']}", *(f"{name} {version}" for name, version in env["versions"].items())])
 
 
 class Run:
@@ -6067,6 +6116,72 @@ def gate_status(student: nn.Module, outputs: Path | None = None) -> tuple[bool, 
     return True, f"gated: the student passed all {len(gate['metrics'])} metrics over {gate['tokens']:,} tokens"
 
 
+def densities_at(density: dict[str, float], site: str | None) -> list[float]:
+    """What `spike_density` found at a site: a value for each layer and, at mix_in, each input; [] without spikes."""
+    return [share for name, share in density.items() if site and name.split(".")[1 if "." in name else 0] == site]
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """The student of a finished run, what made it, and whether it may carry a claim."""
+
+    folder: Path
+    student: GooseForCausalLM
+    recipe: Recipe
+    profile: Profile
+    metrics: dict[str, Any]
+    task: Task
+    gated: bool
+    gate: str  # why, in a sentence
+
+    @property
+    def name(self) -> str:
+        """<version>-<run>, for a run that works on this student."""
+        return f"{self.folder.parent.name}-{self.folder.name}"
+
+    @functools.cached_property
+    def density(self) -> dict[str, float]:
+        """{"layer.site": share of non-zero spikes} over the first validation windows, at most eight."""
+        return spike_density(self.student, self.task.peek())
+
+    @property
+    def site_density(self) -> dict[str, float]:
+        """{site: mean over the layers}, of the sites before a Linear in the layers."""
+        found = {site: densities_at(self.density, site) for site in SITES[2:-1]}
+        return {site: float(np.mean(shares)) for site, shares in found.items() if shares}
+
+    def __str__(self) -> str:
+        m = self.metrics
+        return (f"student {m['version']}/{m['run']}, content hash {student_id(self.student)}, test PPL "
+                f"{m['student']['test']['ppl']:.2f}, gap {m['gap']['test']['value']:.3f} to its teacher, "
+                f"{m['training']['step']} steps")
+
+
+def load_student(name: str | None, profile: Profile, reason: str, recipe: str = "v14.4", without: tuple[str, ...] = (),
+                 sites: tuple[str, ...] = (), steps: int = 100, seed: int = 42, **data: str | None) -> LoadedStudent:
+    """The student that a notebook works on, with its task and its gate.
+
+    Args:
+        name: see `find_run`; None takes the newest of a version that is not in `without` and has the spike sites
+            `sites`, a short run only where there is no other, and else makes one of `recipe` with so many `steps`.
+        profile, reason: of that short run, as `select_profile` gives them.
+        data: corpus and teacher in the place of those of the student's run, where they are not None.
+    Raises:
+        ValueError: the student has no spikes or not at `sites`, and what find_run, load_run and load_task raise.
+    """
+    folder = find_run(name, (*without, "short"), sites) or find_run(None, without, sites)
+    folder = (folder or train_short_student(recipe, profile, reason, steps, seed)).resolve()
+    student, made_by, made_with, metrics = load_run(folder)
+    about = f"{folder.parent.name}/{folder.name}"
+    require(student.config.spike_kind != "dense", "student", about, "a student with spikes; this one is a dense twin")
+    require(set(sites) <= set(student.config.spike_sites), "student", about,
+            f"one with spikes at {', '.join(sites)}, as runs of recipe {recipe} have; this one has them at "
+            + ", ".join(student.config.spike_sites))
+    made_with = made_with.replace(**{what: value for what, value in data.items() if value is not None})
+    task = load_task(made_by, made_with)
+    return LoadedStudent(folder, student, made_by, made_with, metrics, task, *gate_status(student))
+
+
 def quality_table(measured: dict[str, dict[str, Evaluation]]) -> list[dict[str, str]]:
     """Rows of a table of {"teacher" or a student's name: {split: Evaluation}}, gaps to the teacher included."""
     rows = []
@@ -6179,14 +6294,13 @@ def results_table(metrics: list[dict[str, Any]]) -> str:
         test, gap = m["student"]["test"], m["gap"]["test"]
         density = list(m["student"]["density"].values())
         bits = f"{test['bits_per_byte']:.3f}" if test["bits_per_byte"] else "part of the split"
-        env = m["environment"]
-        hardware = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
         lines.append(
             f"| {m['run']} | {m['version']} | {m['corpus']['name']} {m['corpus']['hash'][:6]}, {m['teacher']['name']} "
             "| "
             f"{m['student']['parameters'] / 1e6:.1f}M | {m['training']['step']} | {m['teacher']['test']['ppl']:.2f} | "
             f"{test['ppl']:.2f} | {gap['value']:.3f} ± {gap['standard_error']:.3f} ({test['windows']}) | {bits} | "
-            f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | {hardware} |")
+            f"{sum(density) / len(density):.3f} | {m['training']['tokens_per_second']:,.0f} | "
+            f"{hardware_text(m['environment'])} |")
     return "\n".join(lines)
 
 

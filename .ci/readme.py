@@ -46,10 +46,6 @@ def gate_table(folder=ROOT / "outputs" / "reference" / "v15"):
     return "\n".join(lines)
 
 
-def times(timing, unit=1e3):
-    return f"{unit * timing['median']:.2f} ({unit * timing['low']:.2f} to {unit * timing['high']:.2f})"
-
-
 def sparse_table(path=ROOT / "outputs" / "reference" / "v16.json"):
     """Markdown of one product and of a whole student, from the sparse.json of the committed page."""
     found = json.loads(path.read_text())
@@ -58,11 +54,11 @@ def sparse_table(path=ROOT / "outputs" / "reference" / "v16.json"):
     lines = ["| one product, us (quartiles) | density | linear | " + " | ".join(names) + " |", "|" + "---|" * (3 + len(names))]
     for row in found["products"]:
         linear = row["linear"]["median"]
-        lines.append(f"| {row['in']} x {row['out']} | {found['densities'][share[row['in'], row['out']]]:.2f} | {times(row['linear'], 1e6)} | "
-                     + " | ".join(f"{times(row[name], 1e6)}: {linear / row[name]['median']:.2f}x" for name in names) + " |")
+        lines.append(f"| {row['in']} x {row['out']} | {found['densities'][share[row['in'], row['out']]]:.2f} | {asnn.Timing(**row['linear']).text(1e6)} | "
+                     + " | ".join(f"{asnn.Timing(**row[name]).text(1e6)}: {linear / row[name]['median']:.2f}x" for name in names) + " |")
     base, ao = (found["decoding"][name]["median"] for name in ("dense fp32", "dense int8 (torch.ao)"))
     lines += ["", f"| whole student, {found['parameters'] / 1e6:.1f}M parameters | ms per token (quartiles) | times dense fp32 | times dense int8 | weights, MiB |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {times(t)} | {base / t['median']:.2f} | {ao / t['median']:.2f} | {found['weights, bytes'][name] / 2**20:.0f} |" for name, t in found["decoding"].items()]
+    lines += [f"| {name} | {asnn.Timing(**t).text()} | {base / t['median']:.2f} | {ao / t['median']:.2f} | {found['weights, bytes'][name] / 2**20:.0f} |" for name, t in found["decoding"].items()]
     dense, n = found["quality"]["dense"]["ppl"], found["quality"]["dense"]["tokens"]
     lines += ["", f"{found['hardware']}, medians of {next(iter(found['decoding'].values()))['runs']} interleaved runs (products: {found['products'][0]['linear']['runs']}), weights of the products out of cache, memory "
               f"{found['bandwidth, bytes/s'] / 1e9:.1f} GB/s (all measured; {'gated' if found['gated'] else 'ungated'}). Perplexity on {n:,} tokens: "
@@ -79,10 +75,10 @@ def bench_table(folder=ROOT / "outputs" / "reference" / "v17"):
     lines = ["| system | ms per token (quartiles), p95 | tokens/s | the last row is faster by | weights + cache + activations, MiB | gap |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: -row["decode"]["median"]):
         gap = found["gaps"].get(row["system"].replace(", compiled", "").replace("auto", "dense"))  # auto is exact
-        lines.append(f"| {row['system']} | {times(row['decode'])}, {1e3 * row['decode']['p95']:.2f} | {row['tokens/s']:.1f} | {row['decode']['median'] / best['decode']['median']:.2f} | "
+        lines.append(f"| {row['system']} | {asnn.Timing(**row['decode']).text()}, {1e3 * row['decode']['p95']:.2f} | {row['tokens/s']:.1f} | {row['decode']['median'] / best['decode']['median']:.2f} | "
                      f"{' + '.join(f'{size / 2**20:.1f}' for size in row['memory'].values())} = {whole(row) / 2**20:.0f} | {'not trained' if gap is None else format(gap, '.3f')} |")
     n = rows[0]["decode"]["runs"]
-    lines += ["", f"Batch 1, context {found['context']}, {found['hardware']}, medians of {n} interleaved measurements (the later ones where a case was measured twice); a second run differed by "
+    lines += ["", f"Batch 1, context {found['context']}, {found['hardware']}, medians of {n} interleaved measurements ({found.get('measured twice', 'the later ones')} where a case was measured twice); a second run differed by "
               f"{100 * max(abs(r - 1) for r in found['agreement'].values()):.1f} % at most (all measured; {'gated' if found['gated'] else 'ungated'})."]
     return "\n".join(lines)
 

@@ -103,12 +103,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import display
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
 import asnn_common as asnn  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 asnn.check_numbers({"max_hours": max_hours, "seed": seed}, {"max_hours": "float | None", "seed": "int"}, zero=("seed",))
@@ -122,8 +120,7 @@ precision, precision_reason = asnn.select_precision(device)
 env = asnn.environment()
 asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker)  # says now what is wrong with them
 print(f"{reason}\ndevice {device}: {device_reason}\nprecision {precision_reason}")
-print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
-      + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
+print(f"{env['platform']}, {asnn.hardware_text(env, gpus=False)}, {asnn.versions_text(env)}")
 
 # %% [markdown]
 # The recipe, beside the values that were published for v14.3. Rows that differ are the profile's doing, or repairs.
@@ -131,10 +128,10 @@ print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['
 # %%
 published = asnn.get_recipe("v14.3-published")
 fields = [item.name for item in dataclasses.fields(chosen) if item.name not in ("changed", "outcome", "inferred", "published_ppl")]
-rows = [(name, str(getattr(chosen, name)), str(getattr(published, name))) for name in fields]
-shown = pd.DataFrame([row for row in rows if row[1] != row[2]], columns=["field", "this run", "published v14.3"])
-display(shown.style.hide(axis="index") if "ipykernel" in sys.modules else shown)
-print(f"{len(fields) - len(shown)} further fields have the published value.")
+rows = [{"field": name, "this run": str(getattr(chosen, name)), "published v14.3": str(getattr(published, name))} for name in fields]
+rows = [row for row in rows if row["this run"] != row["published v14.3"]]
+asnn.show_table(rows)
+print(f"{len(fields) - len(rows)} further fields have the published value.")
 
 # %% [markdown]
 # ## Data and teacher
@@ -145,10 +142,9 @@ task = asnn.load_task(chosen, size)
 chosen, text, tokens, master, teacher_training = task.recipe, task.corpus, task.tokens, task.teacher, task.teacher_training
 print(f"corpus {text.name}, content hash {text.hash}")
 print("\n".join(task.notes or [f"teacher {master.name} fits the recipe as it is"]))
-display(pd.DataFrame({split: {"bytes": f"{task.sizes[split]['bytes']:,}", "words": f"{task.sizes[split]['words']:,}",
-                              "tokens": f"{len(tokens[split]):,}",
-                              "bytes per token": f"{task.sizes[split]['bytes'] / len(tokens[split]):.2f}"}
-                      for split in asnn.SPLITS}))
+asnn.show_table([{"split": split, "bytes": f"{task.sizes[split]['bytes']:,}", "words": f"{task.sizes[split]['words']:,}",
+                  "tokens": f"{len(tokens[split]):,}", "bytes per token": f"{task.sizes[split]['bytes'] / len(tokens[split]):.2f}"}
+                 for split in asnn.SPLITS])
 print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameters, vocabulary {len(master.tokenizer):,}")
 if teacher_training:
     print(f"trained for {teacher_training['trained_steps']} steps in {teacher_training['seconds']} s (measured when it was trained)")
@@ -158,10 +154,7 @@ if teacher_training:
 # What this machine is and, by a probe of a few training steps, how long the run will take. Below the table stands what to click where something is not as it should be.
 
 # %%
-rows, advice = asnn.preflight(task, max_hours=max_hours)
-table = pd.DataFrame(rows)
-display(table.style.hide(axis="index") if "ipykernel" in sys.modules else table)
-print("\n".join(advice) or "Nothing to change: go on.")
+asnn.show_preflight(task, max_hours=max_hours)
 
 # %% [markdown]
 # The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.
@@ -324,8 +317,7 @@ measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, wi
                                         description=f"{name}, {split}")
                    for split in ("validation", "test")}
             for name, model in (("teacher", master.model.to(device)), ("student", student))}
-quality = pd.DataFrame(asnn.quality_table(measured))
-display(quality.style.hide(axis="index") if "ipykernel" in sys.modules else quality)
+asnn.show_table(asnn.quality_table(measured))
 metrics = asnn.run_metrics(run, task, size, student, result, measured)
 
 # %% [markdown]
@@ -334,13 +326,7 @@ metrics = asnn.run_metrics(run, task, size, student, result, measured)
 
 # %%
 samples = asnn.sample_texts({"teacher": master.model, "student": student}, master.tokenizer, tokens["test"], chosen.seq_len, seed)
-frame = pd.DataFrame(samples)
-if "ipykernel" in sys.modules:
-    display(frame.style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
-                                                             "font-family": "monospace", "width": "32%"}))
-else:
-    for row in samples:
-        print("\n".join(f"[{name}] {row[name]!r}" for name in ("prompt", "teacher", "student")), "\n")
+asnn.show_table(samples, prose=True)
 
 # %% [markdown]
 # ## The twelve run checks
@@ -353,8 +339,7 @@ checks = asnn.run_checks(chosen, result, measured["student"]["test"].ppl, 4.5 * 
                          earlier[-1]["student"]["test"]["ppl"] if earlier else None, metrics["student"]["density"],
                          metrics["student"]["amplitude"])
 words = {True: "pass", False: "FAIL", None: "does not apply"}
-table = pd.DataFrame([{"check": c.name, "measured": c.value, "result": words[c.passed]} for c in checks])
-display(table.style.hide(axis="index") if "ipykernel" in sys.modules else table)
+asnn.show_table([{"check": c.name, "measured": c.value, "result": words[c.passed]} for c in checks])
 
 # %% [markdown]
 # ## Beside the published history
@@ -369,9 +354,7 @@ for row in history:
 test = measured["student"]["test"]
 history.append({"version": f"{chosen.name} (this run)", "corpus, teacher": f"{text.name}, {master.name}", "PPL": test.ppl,
                 "gap": metrics["gap"]["test"]["value"], "source": "measured here", "outcome": f"{result.step} steps, {result.stopped}"})
-frame = pd.DataFrame(history)
-display(frame.style.hide(axis="index").format({"PPL": "{:.2f}", "gap": "{:.2f}"}, na_rep="-") if "ipykernel" in sys.modules
-        else frame.round(2))
+asnn.show_table([{**row, **{name: f"{row[name]:.2f}" if row[name] else "-" for name in ("PPL", "gap")}} for row in history])
 
 # %%
 figure, axes = plt.subplots(figsize=(10, 3.4))

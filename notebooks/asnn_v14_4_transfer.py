@@ -102,12 +102,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import display
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
 import asnn_common as asnn  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 size, reason = asnn.select_profile(profile)
@@ -122,14 +120,7 @@ precision, precision_reason = asnn.select_precision(device)
 env = asnn.environment()
 asnn.FitConfig.from_recipe(chosen, max_hours=max_hours, tracker=tracker)  # says now what is wrong with them
 print(f"{reason}\ndevice {device}: {device_reason}\nprecision {precision_reason}")
-print(f"{env['platform']}, {env['cpu']}, {env['threads']} threads, Python {env['python']}, "
-      + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
-
-
-def show_table(rows):
-    frame = pd.DataFrame(rows)
-    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
-
+print(f"{env['platform']}, {asnn.hardware_text(env, gpus=False)}, {asnn.versions_text(env)}")
 
 # %% [markdown]
 # The recipe, beside the repaired recipe of v14.3 in the same profile: these are the changes that this version makes.
@@ -137,8 +128,8 @@ def show_table(rows):
 # %%
 before = size.scale(asnn.get_recipe("v14.3"), seed=seed)
 fields = [item.name for item in dataclasses.fields(chosen) if item.name not in ("changed", "outcome", "inferred", "repaired", "published_ppl")]
-show_table([{"field": name, "this run": str(getattr(chosen, name)), "v14.3": str(getattr(before, name))}
-            for name in fields if getattr(chosen, name) != getattr(before, name)])
+asnn.show_table([{"field": name, "this run": str(getattr(chosen, name)), "v14.3": str(getattr(before, name))}
+                 for name in fields if getattr(chosen, name) != getattr(before, name)])
 
 # %% [markdown]
 # ## Data and teacher
@@ -149,9 +140,9 @@ task = asnn.load_task(chosen, size)
 chosen, tokens, master = task.recipe, task.tokens, task.teacher
 print(f"corpus {task.corpus.name}, content hash {task.corpus.hash}")
 print("\n".join(task.notes or [f"teacher {master.name} fits the recipe as it is"]))
-show_table([{"split": split, "bytes": f"{task.sizes[split]['bytes']:,}", "words": f"{task.sizes[split]['words']:,}",
-             "tokens": f"{len(tokens[split]):,}", "bytes per token": f"{task.sizes[split]['bytes'] / len(tokens[split]):.2f}"}
-            for split in asnn.SPLITS])
+asnn.show_table([{"split": split, "bytes": f"{task.sizes[split]['bytes']:,}", "words": f"{task.sizes[split]['words']:,}",
+                  "tokens": f"{len(tokens[split]):,}", "bytes per token": f"{task.sizes[split]['bytes'] / len(tokens[split]):.2f}"}
+                 for split in asnn.SPLITS])
 print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameters, vocabulary {len(master.tokenizer):,}")
 
 # %% [markdown]
@@ -159,9 +150,7 @@ print(f"teacher {master.name}: {asnn.count_parameters(master.model):,} parameter
 # What this machine is and, by a probe of a few training steps, how long the run will take. Below the table stands what to click where something is not as it should be.
 
 # %%
-rows, advice = asnn.preflight(task, max_hours=max_hours)
-show_table(rows)
-print("\n".join(advice) or "Nothing to change: go on.")
+asnn.show_preflight(task, max_hours=max_hours)
 
 # %% [markdown]
 # The run folder: a finished run is never overwritten, an interrupted one goes on where it stopped.
@@ -302,7 +291,7 @@ print(f"largest relative difference of chunked form and loop: {worst:.1e} (fp64,
 blank = asnn.GooseForCausalLM(chosen.student_config(master.model.get_input_embeddings().weight.shape[0]))
 if chosen.weights_from_teacher:
     transferred = asnn.transfer_weights(blank, master.model, chosen.transfer_layers, chosen.output_scale)
-    show_table([row for row in transferred if not any(row["student"].startswith(f"blocks.{i}.") for i in range(1, chosen.n_layer))])
+    asnn.show_table([row for row in transferred if not any(row["student"].startswith(f"blocks.{i}.") for i in range(1, chosen.n_layer))])
     shares = {name: sum(p.numel() for n, p in blank.goose.named_parameters() if any(row["student"] == n and row["transferred"] == name for row in transferred))
               for name in ("yes", "no, starts fresh")}
     print(f"{shares['yes']:,} parameters start from the teacher, {shares['no, starts fresh']:,} start fresh; "
@@ -382,7 +371,7 @@ for name, start, end in stages:
     if end in checks:
         gains.append({"stage": name, "steps": f"{start} to {end}", "validation PPL": f"{checks[end]:.2f}", "gain": f"{last / checks[end]:.3f}x"})
         last = checks[end]
-show_table(gains)
+asnn.show_table(gains)
 
 # %% [markdown]
 # ## Quality
@@ -394,7 +383,7 @@ measured = {name: {split: asnn.evaluate(model, tokens[split], chosen.seq_len, wi
                                         description=f"{name}, {split}")
                    for split in ("validation", "test")}
             for name, model in (("teacher", master.model.to(device)), ("student", student))}
-show_table(asnn.quality_table(measured))
+asnn.show_table(asnn.quality_table(measured))
 
 # %% [markdown]
 # ## What the spikes cost: the ternary tax
@@ -425,8 +414,8 @@ for tax_seed in range(seed, seed + tax_seeds) if result.finished and chosen.spik
 # A run whose hours ended in the middle of these is not finished: the next one goes on with them.
 complete = result.finished and (chosen.spike_kind == "dense" or len(taxes) == tax_seeds)
 if taxes:
-    show_table([{"seed": str(row["seed"]), "spiking PPL": f"{row['spiking']:.2f}", "dense twin PPL": f"{row['dense']:.2f}",
-                 "tax ± s.e.": f"{row['tax']:.4f} ± {row['standard_error']:.4f}"} for row in taxes])
+    asnn.show_table([{"seed": str(row["seed"]), "spiking PPL": f"{row['spiking']:.2f}", "dense twin PPL": f"{row['dense']:.2f}",
+                      "tax ± s.e.": f"{row['tax']:.4f} ± {row['standard_error']:.4f}"} for row in taxes])
     values = np.array([row["tax"] for row in taxes])
     spread = f" ± {values.std(ddof=1):.4f} (standard deviation)" if len(values) > 1 else ""
     print(f"ternary tax {values.mean():.4f}{spread} over {len(values)} seeds, {tax_steps} steps each, test split, measured")
@@ -443,13 +432,13 @@ density = asnn.spike_density(student, torch.from_numpy(tokens["validation"][:4 *
 
 
 def mean_density(site):
-    found = [value for name, value in density.items() if name.split(".", 1)[-1].startswith(site)] if site else []
+    found = asnn.densities_at(density, site)
     return f"{np.mean(found):.3f}" if found else "-"
 
 
 total = sum(row["macs"] for row in products)
-show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
-             "fed by spikes": "yes" if row["fed"] else "no", "density": mean_density(row["site"])} for row in products])
+asnn.show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
+                  "fed by spikes": "yes" if row["fed"] else "no", "density": mean_density(row["site"])} for row in products])
 weights = [row for row in products if row["layers"] and row["site"]]
 fed = sum(row["macs"] for row in weights if row["fed"]) / sum(row["macs"] for row in weights)
 print(f"{100 * fed:.0f} % of the layers' products with weights are fed by spikes")
@@ -468,12 +457,7 @@ run.show(figure, "density")
 
 # %%
 samples = asnn.sample_texts({"teacher": master.model, "student": student}, master.tokenizer, tokens["test"], chosen.seq_len, seed)
-if "ipykernel" in sys.modules:
-    display(pd.DataFrame(samples).style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
-                                                                             "font-family": "monospace", "width": "32%"}))
-else:
-    for row in samples:
-        print("\n".join(f"[{name}] {row[name]!r}" for name in row), "\n")
+asnn.show_table(samples, prose=True)
 
 # %% [markdown]
 # ## The long run
@@ -485,7 +469,7 @@ def plan(recipe, teacher_parameters=124_439_808, memory=16, speed=10_000):
         model = asnn.GooseForCausalLM(recipe.student_config(50257))
     count, step_tokens = asnn.count_parameters(model), recipe.batch_size * recipe.grad_accum * recipe.seq_len
     parts = asnn.training_memory(recipe, 50257, teacher_parameters)
-    show_table([{"memory": name, "GiB": f"{value / 2**30:.2f}"} for name, value in parts.items()])
+    asnn.show_table([{"memory": name, "GiB": f"{value / 2**30:.2f}"} for name, value in parts.items()])
     total, flops = recipe.distill_steps * step_tokens, 2 * teacher_parameters + 6 * count
     print(f"{flops / 1e9:.2f} GFLOP per token (2 x teacher + 6 x student parameters): {speed:,} tokens/s, assumed, are {speed * flops / 1e12:.1f} TFLOP/s, "
           f"{100 * speed * flops / 65e12:.0f} % of a T4's fp16 peak of 65")

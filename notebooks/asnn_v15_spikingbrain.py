@@ -81,6 +81,7 @@ tokens = None  # validation tokens that are recorded; None: 4,096 in profile tin
 remedy = None  # True, False; None: when the gate fails
 remedy_steps = None  # optimiser steps of the remedy; None: 5 in profile tiny, else 250
 damage_windows = 16  # windows on which interventions are scored
+max_hours = None  # stop the remedy and save it after so many hours of this page; run again with the same name to go on
 seed = 42
 run_name = None  # None: <version>-<run> of the student; a finished run is never overwritten
 
@@ -96,53 +97,35 @@ import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
-from IPython.display import display
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
 import asnn_common as asnn  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value, least in (("tokens", tokens, 2048), ("remedy_steps", remedy_steps, 1), ("damage_windows", damage_windows, 2), ("seed", seed, 0)):
     asnn.require(value is None and what != "seed" or isinstance(value, int) and value >= least, what, value, f"None or a whole number from {least}")
 asnn.require(remedy in (None, True, False), "remedy", remedy, "None, True, False")
+asnn.check_numbers({"max_hours": max_hours}, {"max_hours": "float | None"})
 asnn.select_profile(profile)
 asnn.import_optional("scipy.stats")  # said now and not after the recording
 device, _ = asnn.select_device()
-
-
-def show_table(rows):
-    frame = pd.DataFrame(rows)
-    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
-
-
-rows, advice = asnn.preflight()
-show_table(rows)
-print("\n".join(advice) or "Nothing to change: go on.")
+asnn.show_preflight()
 
 # %% [markdown]
 # The student. Where no distillation notebook has left one, a short run makes one now, so that the page works; what it says is then about that run.
 
 # %%
-source = asnn.find_run(student, without=("v15", "v16", "v17", "short")) or asnn.find_run(without=("v15", "v16", "v17"))
-if source is None:
-    source = asnn.train_short_student("v14.4", *asnn.select_profile(profile), seed=seed)
-source = source.resolve()
-brain, recipe, size, origin = asnn.load_run(source)
-asnn.require(brain.config.spike_kind != "dense", "student", str(source), "a student with spikes; this one is a dense twin")
+loaded = asnn.load_student(student, *asnn.select_profile(profile), without=("v15", "v16", "v17"), seed=seed, corpus=corpus, teacher=teacher)
+brain, recipe, size, origin, task = loaded.student, loaded.recipe, loaded.profile, loaded.metrics, loaded.task
 tokens = tokens or (4096 if size.name == "tiny" else 20_480)
-size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
-print(f"student {origin['version']}/{origin['run']}, content hash {asnn.student_id(brain)}, test PPL {origin['student']['test']['ppl']:.2f}, "
-      f"gap {origin['gap']['test']['value']:.3f}, {origin['training']['step']} steps")
+print(loaded)
 
 # %%
-task = asnn.load_task(recipe, size)
 master = task.teacher
 asnn.register_auto_classes()
-own = asnn.import_optional("transformers").AutoTokenizer.from_pretrained(source / "student").get_vocab()
+own = asnn.import_optional("transformers").AutoTokenizer.from_pretrained(loaded.folder / "student").get_vocab()
 asnn.require(master.tokenizer.get_vocab() == own, "teacher", master.name, f"{origin['teacher']['name']}, whose tokenizer the student was trained with; attach it and name its folder")
 brain, teacher_model = brain.to(device), master.model.to(device)
 if (task.corpus.hash, master.name) != (origin["corpus"]["hash"], origin["teacher"]["name"]):
@@ -154,7 +137,7 @@ loader = [windows.gather(spread[i:i + 8])[0] for i in range(0, count, 8)]
 settings = {"student": asnn.student_id(brain), "tokens": tokens, "seed": seed, "remedy": remedy, "remedy_steps": remedy_steps,
             "damage_windows": damage_windows, "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(size),
             "corpus_hash": task.corpus.hash, "teacher": master.name}
-run = asnn.Run.open("v15", run_name or f"{source.parent.name}-{source.name}", json.loads(json.dumps(settings)))
+run = asnn.Run.open("v15", run_name or loaded.name, json.loads(json.dumps(settings)))
 print(f"{run.note}; {count} validation windows of {recipe.seq_len} tokens; teacher {master.name}")
 
 # %% [markdown]
@@ -184,10 +167,10 @@ def constructed(record):
 quick = asnn.SpikingBrainValidator(device, max_channels=32, seed=seed, cka=asnn.RepresentationAnalyzer(shifts=20, seed=seed))
 sample = asnn.record_spikes(brain, teacher_model, loader, max_tokens=min(tokens, 8192), control=False, seed=seed)
 verdicts = {label: quick.judge(record, recipe.n_layer, progress=False) for label, record in constructed(sample).items()}
-show_table([{"spikes": label, **{metric: f"{entry['value']:.3f} {'pass' if entry['pass'] else 'FAIL'}" for metric, entry in result.gate["metrics"].items()},
-             "biased CKA": f"{result.summary['CKA biased']:.3f}", "founders' MI, bits": f"{np.mean([s['founders MI'] for s in result.sites.values()]):.3f}",
-             "sign-locked": f"{100 * np.mean([s['sign-locked channels'] for s in result.sites.values()]):.0f} %", "verdict": result.gate["verdict"]}
-            for label, result in verdicts.items()])
+asnn.show_table([{"spikes": label, **{metric: f"{entry['value']:.3f} {'pass' if entry['pass'] else 'FAIL'}" for metric, entry in result.gate["metrics"].items()},
+                  "biased CKA": f"{result.summary['CKA biased']:.3f}", "founders' MI, bits": f"{np.mean([s['founders MI'] for s in result.sites.values()]):.3f}",
+                  "sign-locked": f"{100 * np.mean([s['sign-locked channels'] for s in result.sites.values()]):.0f} %", "verdict": result.gate["verdict"]}
+                 for label, result in verdicts.items()])
 
 # %% [markdown]
 # `biased CKA` and `founders' MI` are the founders' way of counting: what they give for noise is in the second row, and for the information that is more than the 0.1 bit of this gate.
@@ -199,7 +182,7 @@ show_table([{"spikes": label, **{metric: f"{entry['value']:.3f} {'pass' if entry
 about = {"corpus": f"{task.corpus.name} {task.corpus.hash}", "teacher": master.name, "run": f"{origin['version']}/{origin['run']}"}
 first = validator.validate(brain, teacher_model, loader, meta=about)
 print(f"{first.meta['tokens']:,} tokens in {first.meta['windows']} windows; {first.meta['seconds']:.0f} s, peak memory of this process {first.meta['peak memory, GiB']:.2f} GiB (measured)")
-show_table(first.table())
+asnn.show_table(first.table())
 if run.main:  # kept even if what follows is interrupted
     asnn.write_atomically(run.folder / "validation.json", json.dumps({"before": json.loads(first.to_json())}, indent=1))
 
@@ -211,7 +194,7 @@ def gate_table(result):
             for metric, m in result.gate["metrics"].items()]
 
 
-show_table(gate_table(first))
+asnn.show_table(gate_table(first))
 print(f"gate: {first.gate['verdict']}")
 
 # %% [markdown]
@@ -365,7 +348,7 @@ for row in damage[2:]:
     if row["intervention"] in ("mean", "shuffle", "zero"):
         label = f"{row['layer']}.{row['site']}" if row["layer"] != "-" else row["site"]
         places.setdefault(label, {"place": label})[row["intervention"]] = f"{row['ppl']:.1f} ({row['rise']:.2f}x ± {row['standard error']:.2f})"
-show_table(places.values())
+asnn.show_table(places.values())
 print(f"PPL (times the intact one ± standard error over {len(few)} paired windows), {damage[0]['tokens']:,} tokens: "
       f"intact {damage[0]['ppl']:.1f}, unigram model {damage[1]['ppl']:.1f}")
 
@@ -404,24 +387,31 @@ def again(model):
     return validator.validate(model, teacher_model, loader, meta=about)
 
 
-final, left, remedied = first, brain, None
+final, left, remedied, unfinished = first, brain, None, ""
 if remedy or remedy is None and first.gate["verdict"] == "failed":
     steps = {"steps": remedy_steps or (5 if size.name == "tiny" else 250)}
     parts = asnn.Remediation.for_gate(first.gate, **steps) if first.gate["verdict"] == "failed" else asnn.Remediation(**steps)
     print(parts)
     sampler = asnn.WindowSampler(task.tokens["train"], recipe.seq_len, recipe.seed + 1)
-    remedied = asnn.remediate(brain, teacher_model, sampler, recipe, again, perplexity, parts, before=first, folder=run.folder)
+    # What came before counts too: the session ends when its hours do.
+    hours_left = None if max_hours is None else max(1e-6, max_hours - (time.perf_counter() - begin) / 3600)
+    remedied = asnn.remediate(brain, teacher_model, sampler, recipe, again, perplexity, parts, before=first, folder=run.folder, max_hours=hours_left)
+    if not remedied.training.finished:
+        unfinished = f"The remedy is unfinished, {remedied.training.stopped} at step {remedied.training.step} of {parts.steps}: run all cells again with the same parameters to go on."
+        remedied = None
+        print(unfinished)
+if remedied:
     if remedied.after.gate["verdict"] == "passed":
         final, left = remedied.after, remedied.student
-    show_table(remedied.table())
+    asnn.show_table(remedied.table())
     print(f"gate after the remedy: {remedied.after.gate['verdict']}; {remedied.training.step} steps in {remedied.training.seconds:.0f} s"
           + ("" if left is not brain else "; the student before it goes on, ungated or not as it was"))
-else:
+elif not unfinished:
     print("no remedy: " + ("switched off" if remedy is False else "the gate was passed"))
 
 # %%
 if remedied:
-    show_table(remedied.after.table())
+    asnn.show_table(remedied.after.table())
     run.show(plot_health(remedied.after), "health-after")
 
 # %% [markdown]
@@ -430,7 +420,7 @@ if remedied:
 
 # %%
 other = None if remedied is None else first.gate if left is not brain else remedied.after.gate
-gate = {**final.gate, "other": other, "folder": f"{run.folder.parent.name}/{run.folder.name}" if left is not brain else f"{source.parent.name}/{source.name}"}
+gate = {**final.gate, "other": other, "folder": f"{run.folder.parent.name}/{run.folder.name}" if left is not brain else f"{loaded.folder.parent.name}/{loaded.folder.name}"}
 if run.main:
     asnn.write_atomically(run.folder / "gate.json", json.dumps(gate, indent=1, sort_keys=True))
     asnn.write_atomically(run.folder / "validation.json", json.dumps({"before": json.loads(first.to_json()), "after": json.loads(remedied.after.to_json()) if remedied else None,
@@ -438,12 +428,12 @@ if run.main:
 shared = run.folder.parent / "gate.json"
 if shared.is_file() and json.loads(shared.read_text())["student"] != gate["student"]:
     print(f"the gate of student {json.loads(shared.read_text())['student']} stays in the folder of its run; {shared.name} is now that of {gate['student']}")
-show_table(gate_table(final))
+asnn.show_table(gate_table(final))
 print(f"gate of student {gate['student']}: {gate['verdict']}")
 
 # %% [markdown]
 # ## Saved artefacts
-# The metrics of the student that goes on, the gate, and both validations in full. The student is saved again only when it has changed.
+# The metrics of the student that goes on, the gate, and both validations in full. The student is saved again only when it has changed. A run whose remedy is unfinished has no metrics yet, and its gate is that of the student before it.
 
 # %%
 metrics = {**origin, "version": f"v15 of {origin['version']}", "run": run.folder.name, "gate": gate, "notebook_seconds": time.perf_counter() - begin}
@@ -453,7 +443,8 @@ if left is not brain:
                 for who, model in (("teacher", teacher_model), ("student", left))}
     metrics = {**asnn.run_metrics(run, task, size, left, remedied.training, measured), "version": f"v15 of {origin['version']}", "gate": gate,
                "remedied_from": {"run": f"{origin['version']}/{origin['run']}", "training": origin["training"]}, "notebook_seconds": time.perf_counter() - begin}
-run.finish(metrics, left.cpu() if left is not brain else None, master.tokenizer)
+if not unfinished:
+    run.finish(metrics, left.cpu() if left is not brain else None, master.tokenizer)
 if run.main:
     asnn.write_atomically(shared, json.dumps(gate, indent=1, sort_keys=True))
 
@@ -509,4 +500,6 @@ print(in_words(first, damage))
 if remedied:
     print(f"After the remedy the gate was {remedied.after.gate['verdict']}" + "".join(f", {name} failed" for name in remedied.after.summary["failed"])
           + f"; validation PPL {remedied.ppl_before:.2f} -> {remedied.ppl_after:.2f}. The numbers above are of the student before it.")
+if unfinished:
+    print(unfinished)
 print(f"{time.perf_counter() - begin:.0f} s in this notebook; gate in {os.path.relpath(shared)}")

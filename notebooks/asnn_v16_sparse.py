@@ -82,7 +82,7 @@ run_name = None  # None: <version>-<run> of the student; a finished run is never
 
 # %% [markdown]
 # ## Configuration and environment
-# Timings belong to one machine and one number of threads; both are printed with them.
+# Timings belong to one machine and one number of threads; both are printed with them. It is the CPU that is measured, also where there is a GPU: the kernel and the int8 forms exist for the CPU only.
 
 # %%
 import copy
@@ -94,15 +94,12 @@ import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
-from IPython.display import display
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
 import asnn_common as asnn  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value in (("layers", layers), ("repeats", repeats), ("quality_tokens", quality_tokens)):
@@ -113,36 +110,21 @@ tiny = size.name == "tiny"
 compiled = not tiny if compiled is None else compiled
 layers, repeats, quality_tokens = layers or (1 if tiny else 5), repeats or (3 if tiny else 9), quality_tokens or (2048 if tiny else 20_480)
 env = asnn.environment()
-hardware = f"{env['cpu']}, {env['threads']} threads"
-print(f"{reason}\n{hardware}, Python {env['python']}, " + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
-
-
-def show_table(rows):
-    frame = pd.DataFrame(rows)
-    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
-
-
-def microseconds(timing):
-    return f"{1e6 * timing.median:,.0f} ({1e6 * timing.low:,.0f} to {1e6 * timing.high:,.0f})"
-
+hardware = asnn.hardware_text(env, gpus=False)
+print(reason)
+asnn.show_preflight(device=torch.device("cpu"), precision="fp32")
 
 # %% [markdown]
 # The student, and its gate first: what follows is a claim about a network whose spikes are known to carry information, or it is marked as ungated.
 
 # %%
-fed_sites = ("mix_in", "ffn_hidden")
-source = asnn.find_run(student, ("short", "v16", "v17"), fed_sites) or asnn.find_run(None, ("v16", "v17"), fed_sites)
-if source is None:
-    source = asnn.train_short_student("v14.4-sites", size, reason, steps=60, seed=seed)
-source = source.resolve()
-brain, recipe, made_with, origin = asnn.load_run(source)
-task = asnn.load_task(recipe, made_with)
-gated, gate_sentence = asnn.gate_status(brain)
+loaded = asnn.load_student(student, size, reason, "v14.4-sites", without=("v16", "v17"), sites=("mix_in", "ffn_hidden"), steps=60, seed=seed)
+brain, recipe, task, site_density = loaded.student, loaded.recipe, loaded.task, loaded.site_density
 settings = {"student": asnn.student_id(brain), "layers": layers, "compiled": compiled, "repeats": repeats, "quality_tokens": quality_tokens, "seed": seed, "threads": env["threads"],
-            "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(made_with)}
-run = asnn.Run.open("v16", run_name or f"{source.parent.name}-{source.name}", json.loads(json.dumps(settings)))
-print(f"student {origin['version']}/{origin['run']}, content hash {asnn.student_id(brain)}, test PPL {origin['student']['test']['ppl']:.2f}")
-print(gate_sentence)
+            "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}
+run = asnn.Run.open("v16", run_name or loaded.name, json.loads(json.dumps(settings)))
+print(loaded)
+print(loaded.gate)
 print(run.note)
 
 # %% [markdown]
@@ -150,20 +132,11 @@ print(run.note)
 # The share of multiply-accumulates that spikes feed, and how often a spike is zero there: what can be skipped at all.
 
 # %%
-ids = torch.from_numpy(task.tokens["validation"][:8 * recipe.seq_len].astype(np.int64)).view(8, -1)
-density = asnn.spike_density(brain, ids)
 products = asnn.matrix_products(brain)
 total = sum(row["macs"] for row in products)
-
-
-def densities_of(site):
-    return [value for name, value in density.items() if name.split(".", 1)[-1].startswith(site)] if site else []
-
-
-show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
-             "fed by spikes": "yes" if row["fed"] else "no", "density": " ".join(f"{d:.2f}" for d in densities_of(row["site"])) or "-"} for row in products])
+asnn.show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
+                  "fed by spikes": "yes" if row["fed"] else "no", "density": " ".join(f"{d:.2f}" for d in asnn.densities_at(loaded.density, row["site"])) or "-"} for row in products])
 fed = sum(row["macs"] for row in products if row["fed"] and row["site"])
-site_density = {site: float(np.mean(densities_of(site))) for site in ("mix_in", "mix_out", "ffn_in", "ffn_hidden") if densities_of(site)}
 print(f"{100 * fed / total:.0f} % of all MACs are products with weights that spikes feed; mean densities " + ", ".join(f"{s} {d:.2f}" for s, d in site_density.items()) + " (measured, 8 validation windows)")
 
 # %% [markdown]
@@ -200,9 +173,9 @@ for (X, out), site in shapes.items():
     for name, timing in timings.items():
         skips, width = name.startswith(("gather", "embedding_bag")), (out + 8) / out if name in asnn.INT8 else 4
         limit = width * X * out * (share if skips else 1) / bandwidth
-        rows.append({"in x out": f"{X} x {out}", "density": f"{share:.2f}", "backend": name, "microseconds (quartiles)": microseconds(timing),
+        rows.append({"in x out": f"{X} x {out}", "density": f"{share:.2f}", "backend": name, "microseconds (quartiles)": timing.text(1e6, ",.0f"),
                      "times linear": f"{timings['linear'].median / timing.median:.2f}", "times the limit of memory": f"{timing.median / limit:.2f}" if skips or name in ("linear", "dense") else "-"})
-show_table(rows)
+asnn.show_table(rows)
 print(f"medians of {repeats} interleaved runs, one token, weights out of cache, {hardware}")
 
 # %% [markdown]
@@ -220,7 +193,7 @@ for (X, out), site in shapes.items():
         own, full = timings[f"{name}, own density"].median, timings[f"{name}, all fire"].median
         rows.append({"in x out": f"{X} x {out}", "backend": name, "times linear": f"{timings['linear'].median / own:.2f}", "with all channels firing": f"{timings['linear'].median / full:.2f}",
                      "by skipping alone": f"{full / own:.2f}", "1 / density": f"{1 / share:.2f}"})
-show_table(rows)
+asnn.show_table(rows)
 print(f"times linear is what the kernel gains with all channels firing, times what skipping gains: medians of {repeats} interleaved runs, {hardware} (measured)")
 
 # %% [markdown]
@@ -272,8 +245,8 @@ def break_even(X, out, n, name):
     return f"{max(wins):g}" if wins else "never"
 
 
-show_table([{"in x out": f"{X} x {out}", "tokens": n, **{name: break_even(X, out, n, name) for name in asnn.BACKENDS if name != "linear"}}
-            for X, out in sorted({(row["in"], row["out"]) for row in surface}) for n in batches])
+asnn.show_table([{"in x out": f"{X} x {out}", "tokens": n, **{name: break_even(X, out, n, name) for name in asnn.BACKENDS if name != "linear"}}
+                 for X, out in sorted({(row["in"], row["out"]) for row in surface}) for n in batches])
 print("the highest measured density at which a backend is faster than linear")
 
 # %% [markdown]
@@ -294,7 +267,7 @@ def crossover(X, out, share, name):
 
 
 crossovers = {f"{X} x {out}": {name: crossover(X, out, site_density.get(site, 0.4), name) for name in ("gather", "gather_int8", "embedding_bag")} for (X, out), site in shapes.items()}
-show_table([{"in x out": shape, **{name: f"{n:.0f} tokens" if n < math.inf else "beyond 128" for name, n in row.items()}} for shape, row in crossovers.items()])
+asnn.show_table([{"in x out": shape, **{name: f"{n:.0f} tokens" if n < math.inf else "beyond 128" for name, n in row.items()}} for shape, row in crossovers.items()])
 
 # %% [markdown]
 # ## What auto decides
@@ -304,8 +277,8 @@ show_table([{"in x out": shape, **{name: f"{n:.0f} tokens" if n < math.inf else 
 clock = time.perf_counter()
 table = asnn.BackendTable.measure(shapes, seconds=4.0 if tiny else 18.0)
 print(f"{len(table.rows)} cases in {time.perf_counter() - clock:.1f} s (0 when it was cached)")
-show_table([{"in x out": f"{X} x {out}", "tokens": n, **{f"density {d:g}": f"{table.choose(X, out, n, d)} / {table.choose(X, out, n, d, exact=False)}" for d in table.DENSITIES}}
-            for X, out in shapes for n in table.TOKENS])
+asnn.show_table([{"in x out": f"{X} x {out}", "tokens": n, **{f"density {d:g}": f"{table.choose(X, out, n, d)} / {table.choose(X, out, n, d, exact=False)}" for d in table.DENSITIES}}
+                 for X, out in shapes for n in table.TOKENS])
 print("exact backends only / with int8 rows")
 
 # %% [markdown]
@@ -335,7 +308,7 @@ forms = {"dense": brain, "gather": asnn.sparsify(brain, "gather"), "gather_int8"
          "gather_int8, int8 head and embeddings": asnn.sparsify(brain, "gather_int8", head="int8", embeddings="int8"),
          "dense int8 (torch.ao)": asnn.quantize_int8(brain)}
 quality = {name: (evaluated.ppl, evaluated.tokens) for name, model in forms.items() for evaluated in [asnn.evaluate(model, scored, recipe.seq_len, description=name)]}
-show_table([{"products": name, "PPL": f"{ppl:.4f}", "against dense": f"{100 * (ppl / quality['dense'][0] - 1):+.3f} %", "tokens": f"{count:,}"} for name, (ppl, count) in quality.items()])
+asnn.show_table([{"products": name, "PPL": f"{ppl:.4f}", "against dense": f"{100 * (ppl / quality['dense'][0] - 1):+.3f} %", "tokens": f"{count:,}"} for name, (ppl, count) in quality.items()])
 
 # %% [markdown]
 # ## The whole model
@@ -346,7 +319,7 @@ large = asnn.random_student(asnn.get_recipe("v14.4-sites").replace(n_layer=layer
 sample = torch.randint(0, 50257, (2, 32), generator=generator)
 real = asnn.spike_density(large, sample)
 print(f"{asnn.count_parameters(large):,} parameters; densities enforced: " + ", ".join(
-    f"{site} {np.mean([v for k, v in real.items() if k.split('.', 1)[-1].startswith(site)]):.2f}" for site in site_density))
+    f"{site} {np.mean(asnn.densities_at(real, site)):.2f}" for site in site_density))
 systems = {"dense fp32": large, "gather, dense head": asnn.sparsify(large, "gather"), "auto, dense head": asnn.sparsify(large, "auto", table=table),
            "gather_int8, int8 head": asnn.sparsify(large, "gather_int8", head="int8"), "dense int8 (torch.ao)": asnn.quantize_int8(large)}
 if not problem:
@@ -365,8 +338,8 @@ for name, step in tqdm(steps.items(), desc="first token", unit="system"):
         step()
 decoding = asnn.time_interleaved(steps, runs=max(3, 3 * repeats), min_seconds=1e-3)
 base, ao = decoding["dense fp32"].median, decoding["dense int8 (torch.ao)"].median
-show_table([{"system": name, "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "tokens/s": f"{1 / t.median:.1f}",
-             "times dense fp32": f"{base / t.median:.2f}", "times dense int8": f"{ao / t.median:.2f}", "weights, MiB": f"{asnn.tensor_bytes(systems[name]) / 2**20:.0f}"} for name, t in decoding.items()])
+asnn.show_table([{"system": name, "ms per token (quartiles)": t.text(), "tokens/s": f"{1 / t.median:.1f}",
+                  "times dense fp32": f"{base / t.median:.2f}", "times dense int8": f"{ao / t.median:.2f}", "weights, MiB": f"{asnn.tensor_bytes(systems[name]) / 2**20:.0f}"} for name, t in decoding.items()])
 print(f"medians of {max(3, 3 * repeats)} interleaved runs, batch 1, {hardware}; peak memory of this process, all systems at once, {asnn.peak_memory_gb():.2f} GiB (measured)")
 
 # %% [markdown]
@@ -388,7 +361,7 @@ def profile_of(step, count=5):
 profiles = {name: profile_of(steps[name]) for name in ("dense fp32", "gather_int8, int8 head", "gather_int8, int8 head, compiled") if name in steps}
 for name, rows in profiles.items():
     print(name)
-    show_table(rows)
+    asnn.show_table(rows)
 
 # %% [markdown]
 # Of the dense student nearly all is in products. What was done about the three largest costs of the sparse one: the gathers went from the library's operators to the C++ kernel; the head, dense by nature, to int8; and the hundreds of small operations into one fused piece per block.
@@ -415,7 +388,7 @@ def state_calls(heads=12, width=64, share=0.4):
 
 
 updates = asnn.time_interleaved(state_calls(), runs=repeats)
-show_table([{"update of the state, 12 heads of 64": name, "microseconds (quartiles)": microseconds(t)} for name, t in updates.items()])
+asnn.show_table([{"update of the state, 12 heads of 64": name, "microseconds (quartiles)": t.text(1e6, ",.0f")} for name, t in updates.items()])
 print("active rows win" if updates["active rows"].median < updates["dense"].median else "the dense update is faster and stays: the decay touches every entry anyway")
 
 # %% [markdown]
@@ -441,7 +414,7 @@ except ValueError as error:
     print("a student whose products are not fed by spikes is refused:", "nothing" if "no matrix product" not in str(error) else "in one sentence")
 
 # %% tags=["nbval-check-output"]
-prompt = ids[:1, :12]
+prompt = task.peek()[:1, :12]
 texts = {name: model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0) for name, model in forms.items() if name in ("dense", "gather")}
 print("greedy text of gather is that of dense:", torch.equal(texts["dense"], texts["gather"]))
 print("perplexity with gather within 0.1 %:", abs(quality["gather"][0] / quality["dense"][0] - 1) < 1e-3)
@@ -451,14 +424,14 @@ print("int8 rows keep a fourth of the memory:", forms["gather_int8"].goose.block
 # ## Saved artefacts
 
 # %%
-results = {"gate": gate_sentence, "gated": gated, "hardware": hardware, "environment": env, "status": "measured", "bandwidth, bytes/s": bandwidth, "densities": site_density,
+results = {"gate": loaded.gate, "gated": loaded.gated, "hardware": hardware, "environment": env, "status": "measured", "bandwidth, bytes/s": bandwidth, "densities": site_density,
            "products": [{"in": X, "out": out, **{name: dataclasses.asdict(t) for name, t in timings.items()}} for (X, out), timings in single.items()], "surface": surface,
            "quality": {name: {"ppl": ppl, "tokens": count} for name, (ppl, count) in quality.items()}, "decoding": {name: dataclasses.asdict(t) for name, t in decoding.items()},
            "state update": {name: dataclasses.asdict(t) for name, t in updates.items()}, "crossover, tokens": {shape: {name: n if n < math.inf else None for name, n in row.items()} for shape, row in crossovers.items()},
            "auto over linear": {"measured once": firsts.tolist(), "again": seconds.tolist()}, "kernel": problem or "built", "skipping alone": parts, "profile": profiles, "weights, bytes": {name: asnn.tensor_bytes(model) for name, model in systems.items()}, "layers": layers, "parameters": asnn.count_parameters(large)}
 if run.main:
     asnn.write_atomically(run.folder / "sparse.json", json.dumps(results, indent=1))
-run.finish({**origin, "version": f"v16 of {origin['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
+run.finish({**loaded.metrics, "version": f"v16 of {loaded.metrics['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
 
 # %% tags=["nbval-check-output"]
 print("saved:", sorted({"sparse.json", "metrics.json", "config.json", "env.json", "figures"} & {path.name for path in run.folder.glob("*")}))
@@ -470,7 +443,7 @@ print("saved:", sorted({"sparse.json", "metrics.json", "config.json", "env.json"
 
 # %%
 gains = {name: base / t.median for name, t in decoding.items()}
-print(f"{'Gated' if gated else 'Ungated'} ({gate_sentence}). Decoding one token at a time, {layers} layers of width 768, {hardware}: " + ", ".join(
+print(f"The student is {loaded.gate}. Decoding one token at a time, {layers} layers of width 768, {hardware}: " + ", ".join(
     f"{name} {gain:.2f}x" for name, gain in gains.items() if name != "dense fp32") + " the speed of dense fp32, and dense int8 " + f"{ao / min(t.median for t in decoding.values()):.2f} times slower than the fastest (measured).")
 alone = {name: [row[f"{name}, all fire"]["median"] / row[f"{name}, own density"]["median"] for row in parts.values()] for name in ("gather", "gather_int8")}
 print("Skipping alone, one product against the same kernel with all channels firing: " + ", ".join(f"{name} {min(values):.2f} to {max(values):.2f}x" for name, values in alone.items()) + " (measured, three shapes).")

@@ -95,9 +95,7 @@ import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
-from IPython.display import display
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -105,48 +103,34 @@ warnings.filterwarnings("ignore", message="IProgress not found")  # progress bar
 import asnn_common as asnn  # noqa: E402
 from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig  # noqa: E402
 
-pd.set_option("display.width", 200, "display.max_columns", None, "display.max_colwidth", 70, "display.max_rows", 100)
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
 for what, value in (("layers", layers), ("repeats", repeats)):
     asnn.require(value is None or isinstance(value, int) and value >= 1, what, value, "None or a whole number from 1")
 asnn.require(price_per_hour >= 0, "price_per_hour", price_per_hour, "a number from 0")
 size, reason = asnn.select_profile(profile)
-device, device_reason = asnn.select_device()
+device, _ = asnn.select_device()
 tiny = size.name == "tiny"
 layers, repeats = layers or (2 if tiny else 5), repeats or (3 if tiny else 25)
 contexts, batches = contexts or ([16, 48] if tiny else [128, 512, 1000, 8192]), batches or ([1, 2] if tiny else [1, 4, 16, 64])
 compiled = not tiny if compiled is None else compiled
 width, vocabulary, positions = (64, 512, 40) if tiny else (768, 50257, 1024)
 env = asnn.environment()
-hardware = ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
-print(f"{reason}; {device_reason}\n{hardware}, Python {env['python']}, " + ", ".join(f"{name} {version}" for name, version in env["versions"].items()))
-
-
-def show_table(rows):
-    frame = pd.DataFrame(rows)
-    display(frame.style.hide(axis="index") if "ipykernel" in sys.modules else frame)
-
+hardware = asnn.hardware_text(env, gpus=device.type == "cuda")
+print(reason)
+asnn.show_preflight(device=device, precision="auto" if device.type == "cuda" else "fp32")
 
 # %% [markdown]
 # The student, its gate and its densities. What is saved by skipping is claimed for a network whose spikes are known to carry information, or marked as ungated.
 
 # %%
-fed_sites = ("mix_in", "ffn_hidden")
-source = asnn.find_run(student, ("short", "v16", "v17"), fed_sites) or asnn.find_run(None, ("v16", "v17"), fed_sites)
-if source is None:
-    source = asnn.train_short_student("v14.4-sites", size, reason, steps=60, seed=seed)
-source = source.resolve()
-brain, recipe, made_with, origin = asnn.load_run(source)
-task = asnn.load_task(recipe, made_with)
-gated, gate_sentence = asnn.gate_status(brain)
+loaded = asnn.load_student(student, size, reason, "v14.4-sites", without=("v16", "v17"), sites=asnn.SITES[2:-1], steps=60, seed=seed)
+brain, recipe, task, origin, site_density = loaded.student, loaded.recipe, loaded.task, loaded.metrics, loaded.site_density
 settings = {"student": asnn.student_id(brain), "layers": layers, "repeats": repeats, "contexts": contexts, "batches": batches, "compiled": compiled, "seed": seed,
-            "threads": env["threads"], "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(made_with)}
-run = asnn.Run.open("v17", run_name or f"{source.parent.name}-{source.name}", json.loads(json.dumps(settings)))
-ids = torch.from_numpy(task.tokens["validation"][:8 * recipe.seq_len].astype(np.int64)).view(8, -1)
-measured_density = asnn.spike_density(brain, ids)
-site_density = {site: float(np.mean([d for name, d in measured_density.items() if name.split(".", 1)[-1].startswith(site)])) for site in ("mix_in", "mix_out", "ffn_in", "ffn_hidden")}
-print(f"student {origin['version']}/{origin['run']}, test PPL {origin['student']['test']['ppl']:.2f}, gap {origin['gap']['test']['value']:.3f} to its teacher; {gate_sentence}")
+            "threads": env["threads"], "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}
+run = asnn.Run.open("v17", run_name or loaded.name, json.loads(json.dumps(settings)))
+print(loaded)
+print(loaded.gate)
 print("densities " + ", ".join(f"{site} {share:.2f}" for site, share in site_density.items()) + " (measured, 8 validation windows)")
 print(run.note)
 
@@ -185,7 +169,7 @@ else:
             model.forward = torch.autocast("cuda", {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])(model.forward)
 fastest = next(name for name in ("student, gather_int8, compiled", "student, gather_int8", "student, gather") if name in systems)
 plain = lambda name: "student, dense" if name.startswith("student") else "GPT-2, eager" if name == "GPT-2, int8" else name  # noqa: E731
-show_table([{"system": name, "parameters": f"{asnn.count_parameters(systems[plain(name)]) / 1e6:.1f}M", "weights, MiB": f"{asnn.tensor_bytes(model) / 2**20:,.1f}"} for name, model in systems.items()])
+asnn.show_table([{"system": name, "parameters": f"{asnn.count_parameters(systems[plain(name)]) / 1e6:.1f}M", "weights, MiB": f"{asnn.tensor_bytes(model) / 2**20:,.1f}"} for name, model in systems.items()])
 print(f"precision: {precision}; fastest student expected: {fastest}")
 
 # %% [markdown]
@@ -195,7 +179,7 @@ print(f"precision: {precision}; fastest student expected: {fastest}")
 # %%
 middle = contexts[min(1, len(contexts) - 1)] if contexts[min(1, len(contexts) - 1)] < positions else contexts[0]
 first = asnn.bench(systems, None, [middle], [1], repeats)
-show_table(first.table())
+asnn.show_table(first.table())
 print(f"medians of {repeats} interleaved measurements, context {middle}, {hardware}; energy counter: {first.environment['energy counter'] or 'none that can be read: energy is only estimated below'}")
 
 # %% [markdown]
@@ -204,7 +188,7 @@ print(f"medians of {repeats} interleaved measurements, context {middle}, {hardwa
 # %%
 second = asnn.bench(systems, None, [middle], [1], repeats, prefill_up_to=0)
 agreement = first.agreement(second)
-show_table([{"system": key[0], "second run over first": f"{ratio:.3f}"} for key, ratio in agreement.items()])
+asnn.show_table([{"system": key[0], "second run over first": f"{ratio:.3f}"} for key, ratio in agreement.items()])
 print(f"medians of two runs differ by {100 * np.median(np.abs(np.array(list(agreement.values())) - 1)):.1f} % in the median and {100 * max(abs(r - 1) for r in agreement.values()):.1f} % at most (measured)")
 
 # %% [markdown]
@@ -213,8 +197,16 @@ print(f"medians of two runs differ by {100 * np.median(np.abs(np.array(list(agre
 
 # %%
 few = [name for name in ("GPT-2, SDPA", "GPT-2, int8", "RWKV of transformers", "student, dense", fastest) if name in systems]
-by_context = asnn.bench({name: systems[name] for name in few if "RWKV" not in name}, None, contexts, [1], repeats)
-show_table(by_context.table())
+
+
+def once(later, before):
+    """New measurements, with those of `before` where that has the case too: each case has one number on this page."""
+    known = {before.key(row): row for row in before.rows}
+    return asnn.Bench([known.get(later.key(row), row) for row in later.rows], later.environment)
+
+
+by_context = once(asnn.bench({name: systems[name] for name in few if "RWKV" not in name}, None, contexts, [1], repeats), first)
+asnn.show_table(by_context.table())
 
 
 def plot_lines(bench, x, label, ylabel, value):
@@ -238,7 +230,9 @@ print("; ".join(f"{name}: {1e3 * values[0]:.2f} ms at context {contexts[0]}, {1e
 
 # %%
 by_batch = asnn.bench({name: systems[name] for name in few}, None, [contexts[0]], batches, max(3, repeats // 2), prefill_up_to=contexts[0])
-show_table(by_batch.table())
+by_batch = once(by_batch, first.merge(by_context))
+everything = first.merge(by_context).merge(by_batch)
+asnn.show_table(by_batch.table())
 run.show(plot_lines(by_batch, "batch", "sequences decoded at once", "tokens/s", lambda row: row["tokens/s"]), "batches")
 
 # %% [markdown]
@@ -276,8 +270,8 @@ for row in operations:
     for what in ("MACs", "adds", "skipped", "state updates"):
         entry[what] += row[what]
     entry["density"].append(row["density"])
-show_table([{"product": product, "site": site, "MACs, dense": f"{e['MACs']:,}", "fed by spikes": "yes" if e["skipped"] or (e["adds"] and e["MACs"]) else "no", "density": f"{np.mean(e['density']):.2f}",
-             "additions left": f"{e['adds']:,}", "skipped": f"{e['skipped']:,}", "state updates": f"{e['state updates']:,}"} for (product, site), e in summed.items()])
+asnn.show_table([{"product": product, "site": site, "MACs, dense": f"{e['MACs']:,}", "fed by spikes": "yes" if e["skipped"] or (e["adds"] and e["MACs"]) else "no", "density": f"{np.mean(e['density']):.2f}",
+                  "additions left": f"{e['adds']:,}", "skipped": f"{e['skipped']:,}", "state updates": f"{e['state updates']:,}"} for (product, site), e in summed.items()])
 decoder = asnn.Decoder(large, torch.randint(0, vocabulary, (1, 8), device=device))
 with FlopCounterMode(display=False) as counter:
     decoder()
@@ -289,7 +283,7 @@ print(f"{analytic:,} MACs per token in the dense form, analytic; {counted:,} by 
 # By layer and site, from which the table above is summed:
 
 # %%
-show_table([{"layer": row["layer"], "product": row["product"], "site": row["site"], "MACs": f"{row['MACs']:,}", "density": f"{row['density']:.2f}", "adds": f"{row['adds']:,}", "skipped": f"{row['skipped']:,}", "state updates": f"{row['state updates']:,}"} for row in operations if row["layer"] in (0, "-")])
+asnn.show_table([{"layer": row["layer"], "product": row["product"], "site": row["site"], "MACs": f"{row['MACs']:,}", "density": f"{row['density']:.2f}", "adds": f"{row['adds']:,}", "skipped": f"{row['skipped']:,}", "state updates": f"{row['state updates']:,}"} for row in operations if row["layer"] in (0, "-")])
 print(f"the first of {layers} layers, and the head")
 
 # %% [markdown]
@@ -327,8 +321,8 @@ if device.type == "cpu":
               "student, gather_int8": (operations, bytes_read(asnn.sparsify(large, "gather_int8", head="int8", density=large_density)))}
 joules = {name: asnn.energy_estimate(rows, size_read) for name, (rows, size_read) in forms.items()}
 counted_joules = {row["system"]: row["joules per token"] for row in first.rows if "decode" in row}
-show_table([{"system": name, **{f"{column}, uJ (estimated)": f"{1e6 * value:,.1f}" for column, value in columns.items()}, "weights read, MB": f"{forms[name][1] / 1e6:,.1f}",
-             "measured, J": f"{counted_joules[name]:.3g}" if counted_joules.get(name) else "no counter"} for name, columns in joules.items()])
+asnn.show_table([{"system": name, **{f"{column}, uJ (estimated)": f"{1e6 * value:,.1f}" for column, value in columns.items()}, "weights read, MB": f"{forms[name][1] / 1e6:,.1f}",
+                  "measured, J": f"{counted_joules[name]:.3g}" if counted_joules.get(name) else "no counter"} for name, columns in joules.items()])
 print("estimated per decoded token, fp32 operations at 45 nm in all rows: int8 saves more than this table says, in arithmetic, and what it says in memory")
 
 # %% [markdown]
@@ -349,8 +343,8 @@ if origin.get("tax"):
 gap_of = lambda name: gaps.get(name.replace(", compiled", ""), gaps.get("student, dense") if name == "student, auto" else None)  # noqa: E731
 speed = {row["system"]: row["tokens/s"] for row in first.rows if "decode" in row}
 energy = {name: columns["idealised, with DRAM and head"] for name, columns in joules.items()}
-show_table([{"system": name, "tokens/s": f"{rate:,.1f}", "gap": f"{gap_of(name):.3f}" if gap_of(name) else "not trained", "uJ per token (estimated)": f"{1e6 * energy[name.replace(', compiled', '')]:,.0f}" if name.replace(", compiled", "") in energy else "-"} for name, rate in speed.items()])
-print(f"gap: validation PPL over that of the teacher ({teacher.ppl:.2f}) on the same {teacher.tokens:,} tokens, {origin['version']}/{origin['run']} (measured; {'gated' if gated else 'ungated'})")
+asnn.show_table([{"system": name, "tokens/s": f"{rate:,.1f}", "gap": f"{gap_of(name):.3f}" if gap_of(name) else "not trained", "uJ per token (estimated)": f"{1e6 * energy[name.replace(', compiled', '')]:,.0f}" if name.replace(", compiled", "") in energy else "-"} for name, rate in speed.items()])
+print(f"gap: validation PPL over that of the teacher ({teacher.ppl:.2f}) on the same {teacher.tokens:,} tokens, {origin['version']}/{origin['run']} (measured; {'gated' if loaded.gated else 'ungated'})")
 
 
 def plot_pareto():
@@ -389,9 +383,9 @@ teacher_ppl = origin["teacher"]["test"]["ppl"]
 gap_end = origin["gap"]["test"]["value"]
 recipe_vocabulary = brain.config.vocab_size
 untrained = recipe_vocabulary / teacher_ppl  # a model that knows nothing guesses among all tokens
-show_table([{"run": f"{origin['version']}/{origin['run']}", "steps": training["step"], "tokens/s": f"{training['tokens_per_second']:,.0f}", "hours": f"{hours:.3f}", "gap at the end": f"{gap_end:.3f}",
-             "cost, $ (estimated)": f"{hours * price_per_hour:.4f}", "cost of halving the gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, math.log2(untrained / gap_end)):.5f}",
-             "cost per point of gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, untrained - gap_end):.2g}"}])
+asnn.show_table([{"run": f"{origin['version']}/{origin['run']}", "steps": training["step"], "tokens/s": f"{training['tokens_per_second']:,.0f}", "hours": f"{hours:.3f}", "gap at the end": f"{gap_end:.3f}",
+                  "cost, $ (estimated)": f"{hours * price_per_hour:.4f}", "cost of halving the gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, math.log2(untrained / gap_end)):.5f}",
+                  "cost per point of gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, untrained - gap_end):.2g}"}])
 print(f"from a model that guesses among all {recipe_vocabulary:,} tokens (gap {untrained:.0f}) to the end of the run; hours measured, {price_per_hour} $ per hour assumed")
 
 # %% [markdown]
@@ -434,8 +428,8 @@ layer_weights = 16 * 13 * 2048 ** 2
 mean_density = float(np.mean([site_density["mix_in"]] * 4 + [site_density["mix_out"]] + [site_density["ffn_in"]] * 4 + [site_density["ffn_hidden"]] * 4))
 target_bytes = {"dense": 4.0 * (layer_weights + 2048 * vocabulary), "sparse": (1.0 if device.type == "cpu" else 4.0) * (layer_weights * mean_density + 2048 * vocabulary)}
 fits = {name: fit_latency(name, (16, target_bytes[name])) for name in ("dense", "sparse")}
-show_table([{"form": name, "width": d, "layers": n, "parameters": f"{scaled[name, d, n]['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": f"{1e3 * t.median:.2f} ({1e3 * t.low:.2f} to {1e3 * t.high:.2f})", "read per token, MB": f"{scaled[name, d, n]['bytes'] / 1e6:.1f}",
-             "weights, MiB": f"{scaled[name, d, n]['memory'] / 2**20:.0f}", "fitted, ms": f"{1e3 * (fits[name][0] * n + fits[name][1] * scaled[name, d, n]['bytes']):.2f}"} for (name, d, n), t in timings.items()])
+asnn.show_table([{"form": name, "width": d, "layers": n, "parameters": f"{scaled[name, d, n]['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": t.text(), "read per token, MB": f"{scaled[name, d, n]['bytes'] / 1e6:.1f}",
+                  "weights, MiB": f"{scaled[name, d, n]['memory'] / 2**20:.0f}", "fitted, ms": f"{1e3 * (fits[name][0] * n + fits[name][1] * scaled[name, d, n]['bytes']):.2f}"} for (name, d, n), t in timings.items()])
 for name, (per_layer, per_byte, estimate, half) in fits.items():
     print(f"{name}: {1e3 * per_layer:.2f} ms per layer and {1e-9 / max(per_byte, 1e-15):.1f} GB/s fitted; {parameters / 1e9:.2f}B parameters (2048 wide, 16 layers): {1e3 * max(0.0, estimate - half):.0f} to {1e3 * (estimate + half):.0f} ms per token (estimated, 95 % interval of a new measurement)")
 
@@ -467,6 +461,8 @@ print("the idealised estimate is never above what is built:", all(columns["ideal
 states = {row["memory"]["cache"] for row in by_context.rows if row["system"] == "student, dense" and "decode" in row}
 print("the student's state has one size at all contexts:", len(states) == 1)
 print("GPT-2 ends at its positions:", any("ends at" in row.get("status", "") for row in by_context.rows if row["system"].startswith("GPT-2")))
+print("each case has one number:", all(row in everything.rows for part in (first, by_context, by_batch) for row in part.rows))
+print("a second run is measured anew:", any(ratio != 1 for ratio in agreement.values()))
 try:
     first.agreement(asnn.Bench([], first.environment | {"cpu": "another"}))
 except ValueError as error:
@@ -477,7 +473,6 @@ except ValueError as error:
 # `bench.json` holds every row, `bench.md` and `bench.tex` the tables for a README and a paper.
 
 # %%
-everything = first.merge(by_context).merge(by_batch)
 if run.main:
     everything.save(run.folder / "bench.json")
     everything.save(run.folder.parent / "bench.json")
@@ -485,7 +480,7 @@ if run.main:
         asnn.write_atomically(run.folder / name, text)
         asnn.write_atomically(run.folder.parent / name, text)
     asnn.write_atomically(run.folder / "efficiency.json", json.dumps({
-        "gate": gate_sentence, "gated": gated, "context": middle, "fastest": fastest, "densities": site_density, "operations": operations, "joules, estimated": joules, "bytes read": {name: size_read for name, (_, size_read) in forms.items()},
+        "gate": loaded.gate, "gated": loaded.gated, "context": middle, "measured twice": "the first", "fastest": fastest, "densities": site_density, "operations": operations, "joules, estimated": joules, "bytes read": {name: size_read for name, (_, size_read) in forms.items()},
         "gaps": gaps, "agreement": {" ".join(map(str, key)): ratio for key, ratio in agreement.items()}, "scale": {f"{name} {d} {n}": {k: v for k, v in value.items() if k != "step"} | dataclasses.asdict(timings[name, d, n]) for (name, d, n), value in scaled.items()},
         "fits": fits, "training": {"hours": hours, "price per hour, assumed": price_per_hour}, "hardware": hardware}, indent=1))
 run.finish({**origin, "version": f"v17 of {origin['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
@@ -501,7 +496,7 @@ print("saved:", sorted({"bench.json", "bench.md", "bench.tex", "efficiency.json"
 rate = {row["system"]: row for row in first.rows if "decode" in row}
 whole = lambda row: sum(row["memory"].values())  # noqa: E731
 against = [name for name in ("GPT-2, eager", "GPT-2, SDPA", "GPT-2, int8", "GPT-2 of this size", "RWKV of transformers", "student, dense", "student, dense int8") if name in rate]
-print(f"{'Gated' if gated else 'Ungated'}: {gate_sentence}. {fastest}, {layers} layers of width {width}, context {middle}, batch 1, {hardware}: {rate[fastest]['tokens/s']:,.1f} tokens/s, that is " + ", ".join(f"{rate[fastest]['tokens/s'] / rate[name]['tokens/s']:.2f}x {name}" for name in against) + " (measured).")
+print(f"The student is {loaded.gate}. {fastest}, {layers} layers of width {width}, context {middle}, batch 1, {hardware}: {rate[fastest]['tokens/s']:,.1f} tokens/s, that is " + ", ".join(f"{rate[fastest]['tokens/s'] / rate[name]['tokens/s']:.2f}x {name}" for name in against) + " (measured).")
 print(f"Memory (weights, state or cache, activations): {whole(rate[fastest]) / 2**20:,.0f} MiB, " + ", ".join(f"{whole(rate[fastest]) / whole(rate[name]):.2f} of {name}" for name in against) + " (measured).")
 if spread.get(fastest):
     print(f"Latency at context {contexts[-1]:,} is {spread[fastest][-1] / spread[fastest][0]:.3f} of that at {contexts[0]} (measured).")

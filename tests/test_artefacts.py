@@ -3,6 +3,8 @@ import copy
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +166,45 @@ def test_the_table_names_the_gpus():
     on_gpus = metrics()
     on_gpus["environment"]["gpus"] = ["Tesla T4, 15 GiB"] * 2
     assert "| Tesla T4, 15 GiB, Tesla T4, 15 GiB |" in asnn.results_table([on_gpus])
+
+
+# ---- tables on a page
+
+
+def test_outside_a_notebook_a_table_is_printed_whole_and_without_row_numbers(monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    rows = [{"system": f"a {i}", **{f"column {j}": "x" * 30 for j in range(12)}} for i in range(120)]
+    asnn.show_table(row for row in rows)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 200  # broken into pieces, and nothing left out
+    assert "..." not in printed and all(f"column {j}" in printed for j in range(12)) and printed.count("a 119") == 1
+    asnn.show_table([{"metric": "CKA", "value": "0.5"}, {"metric": "PPL"}])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed] == [["metric", "value"], ["CKA", "0.5"], ["PPL", "NaN"]]
+    asnn.show_table([{"prompt": "one\ntwo", "student": "three"}], prose=True)
+    assert capsys.readouterr().out == "[prompt] 'one\\ntwo'\n[student] 'three'\n\n"
+
+
+def test_in_a_notebook_a_table_is_shown_without_row_numbers(monkeypatch, capsys):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(display, "display", shown.append)
+    for prose in (False, True):
+        asnn.show_table([{"prompt": "<one>", "student": "two"}], prose)
+    plain, prose = (table.to_html() for table in shown)
+    assert capsys.readouterr().out == "" and ">prompt</th>" in plain and "row_heading" not in plain + prose
+    assert "pre-wrap" in prose and "width: 48%" in prose and "pre-wrap" not in plain
+
+
+def test_hardware_and_versions_are_said_in_one_line():
+    env = {"gpus": [], "cpu": "A CPU", "threads": 3, "python": "3.11.2", "versions": {"torch": "2.10", "numpy": "2.0"}}
+    assert asnn.hardware_text(env) == asnn.hardware_text(env, gpus=False) == "A CPU, 3 threads"
+    env["gpus"] = ["Tesla T4, 15 GiB"] * 2
+    assert asnn.hardware_text(env) == "Tesla T4, 15 GiB, Tesla T4, 15 GiB"
+    assert asnn.hardware_text(env, gpus=False) == "A CPU, 3 threads"
+    assert asnn.versions_text(env) == "Python 3.11.2, torch 2.10, numpy 2.0"
 
 
 # ---- where
@@ -349,3 +390,106 @@ def test_logarithmic_ticks_are_numbers():
     wide = {label.get_text() for label in axes.get_yticklabels()}
     assert {"0.01", "1", "1,000"} <= wide and not {"0.02", "2", "5"} & wide
     pyplot.close(figure)
+
+
+# ---- the student that a notebook works on
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, cache):
+    """(outputs, profile) with a short run of v14.4-sites in them."""
+    outputs = tmp_path_factory.mktemp("made")
+    small = asnn.PROFILES["tiny"].replace(corpus_chars=150_000, teacher_steps=4, eval_windows=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ASNN_CACHE", str(cache))
+        patch.setenv("ASNN_OUTPUTS", str(outputs))
+        asnn.train_short_student("v14.4-sites", small, "as a test", steps=2)
+    return outputs, small
+
+
+@pytest.fixture
+def a_run(made, tmp_path, monkeypatch):
+    """(a_run(version, name, age, **changes to the student's config), profile): copies of the run, so old."""
+    monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path))
+
+    def copy_of(version, name="run", age=0, **changes):
+        folder = tmp_path / version / name
+        shutil.copytree(next((made[0] / "short").glob("*seed42")), folder)
+        os.utime(folder / "metrics.json", (1e9 - age, 1e9 - age))
+        if changes:
+            student = asnn.GooseForCausalLM(asnn.GooseConfig.from_dict(
+                {**json.loads((folder / "student" / "config.json").read_text()), **changes}))
+            student.save_pretrained(folder / "student")
+        return folder
+    return copy_of, made[1]
+
+
+ASKED = {"recipe": "v14.4-sites", "without": ("v16", "v17"), "sites": ("mix_in", "ffn_hidden"), "steps": 2}
+
+
+def test_a_student_is_loaded_with_what_made_it_its_task_and_its_gate(a_run):
+    copy_of, small = a_run
+    folder = copy_of("v14.4-sites", "night")
+    copy_of("v17", age=-100)
+    copy_of("short", age=-200)  # newer, and taken only where there is no other
+    loaded = asnn.load_student(None, small, "as a test", **ASKED)
+    student, recipe, profile, found = asnn.load_run(folder)
+    assert loaded.folder == folder.resolve() and loaded.name == "v14.4-sites-night"
+    assert (loaded.recipe, loaded.profile, loaded.metrics) == (recipe, profile, found)
+    assert asnn.student_id(loaded.student) == asnn.student_id(student) and not loaded.student.training
+    assert loaded.task.recipe == recipe and loaded.task.corpus.hash == found["corpus"]["hash"]
+    assert (loaded.gated, loaded.gate) == asnn.gate_status(student) and loaded.gate.startswith("ungated")
+    assert f"{found['student']['test']['ppl']:.2f}" in str(loaded) and asnn.student_id(student) in str(loaded)
+    asnn.write_atomically(folder.parents[1] / "v15" / "gate.json", json.dumps(
+        {"student": asnn.student_id(student), "metrics": {"CKA": {"pass": True}}, "tokens": 20_480}))
+    assert asnn.load_student(None, small, "as a test", **ASKED).gated
+
+
+def test_the_densities_of_a_loaded_student_are_those_of_its_run(a_run):
+    copy_of, small = a_run
+    copy_of("v14.4-sites")
+    loaded = asnn.load_student(None, small, "as a test", **ASKED)
+    assert loaded.density == loaded.metrics["student"]["density"]
+    layers = loaded.recipe.n_layer
+    assert list(loaded.site_density) == ["mix_in", "mix_out", "ffn_in", "ffn_hidden"]
+    for site, mean in loaded.site_density.items():
+        found = asnn.densities_at(loaded.density, site)
+        assert len(found) % layers == 0 and mean == pytest.approx(sum(found) / len(found))
+    assert asnn.densities_at(loaded.density, "k") == [loaded.density[f"{i}.k"] for i in range(layers)]
+    assert len(asnn.densities_at(loaded.density, "mix_in")) == layers * sum(
+        name.startswith("0.mix_in.") for name in loaded.density) > layers
+    assert asnn.densities_at({"head_in": 0.25}, "head_in") == [0.25] and asnn.densities_at(loaded.density, None) == []
+
+
+def test_without_a_run_a_short_one_is_loaded_and_made_once(a_run, capsys):
+    _, small = a_run
+    first, second = (asnn.load_student(None, small, "as a test", **ASKED) for _ in range(2))
+    assert first.folder.parent.name == "short" and first.folder == second.folder
+    assert capsys.readouterr().out.count("a short one of 2 steps is trained now (as a test)") == 1
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"spike_kind": "dense"}, "a student with spikes; this one is a dense twin"),
+    ({"spike_sites": ["k", "v", "mix_in"]}, "one with spikes at mix_in, ffn_hidden, as runs of recipe v14.4-sites "
+                                            "have; this one has them at k, v, mix_in")])
+def test_a_student_that_does_not_fit_is_refused_before_its_teacher_is_loaded(a_run, monkeypatch, changes, words):
+    copy_of, small = a_run
+    copy_of("v14.4", "night", **changes)
+    monkeypatch.setattr(asnn, "load_task", lambda *_: pytest.fail("a task was loaded"))
+    with pytest.raises(ValueError, match=re.escape(f"student is 'v14.4/night'; allowed: {words}.")):
+        asnn.load_student("v14.4/night", small, "as a test", **ASKED)
+
+
+def test_a_student_that_is_nowhere_is_refused_with_those_there_are(a_run):
+    copy_of, small = a_run
+    copy_of("v14.4", "night")
+    with pytest.raises(ValueError, match="student is 'v14.4/noon'; allowed: v14.4/night"):
+        asnn.load_student("v14.4/noon", small, "as a test", **ASKED)
+
+
+def test_another_corpus_can_take_the_place_of_that_of_the_run(a_run, corpus):
+    copy_of, small = a_run
+    copy_of("v14.4-sites")
+    loaded = asnn.load_student(None, small, "as a test", **ASKED, corpus=str(corpus.folder), teacher=None)
+    assert loaded.task.corpus.hash == corpus.hash != loaded.metrics["corpus"]["hash"]
+    assert loaded.profile == small.replace(corpus=str(corpus.folder))

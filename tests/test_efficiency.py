@@ -1,5 +1,6 @@
 """Efficiency: what a token costs in operations, energy, memory and time, and the tables that say so."""
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -709,6 +710,13 @@ def test_quantiles_of_a_timing_are_those_of_its_measurements(monkeypatch):
 
 
 # ---- tables of measurements ----------------------------------------------------------------------
+
+
+def test_a_timing_is_said_with_its_quartiles():
+    timing = asnn.Timing(median=0.0012346, low=0.001, high=1.5, runs=3, p95=2.0)
+    assert timing.text() == "1.23 (1.00 to 1500.00)"
+    assert timing.text(1e6, ",.0f") == "1,235 (1,000 to 1,500,000)"
+    assert asnn.Timing(**dataclasses.asdict(timing)).text(1.0, ".1f") == "0.0 (0.0 to 1.5)"
 
 
 HARDWARE = {"cpu": "a CPU", "cores": 2, "threads": 1, "gpus": [], "platform": "local", "versions": {"torch": "2.13"},

@@ -215,6 +215,37 @@ def test_a_run_in_two_sessions_with_read_only_inputs_ends_like_one_without_a_bud
         assert second["student"][name] == whole["student"][name], name
 
 
+def test_a_remedy_is_finished_by_a_second_session_and_claimed_only_then(tmp_path):
+    outputs = None
+    for session in ("first", "second"):
+        env, working, below = kaggle(tmp_path / session, 1)
+        env["ASNN_CACHE"] = str(tmp_path / "cache")
+        notebook = working / "asnn_v15_spikingbrain.py"
+        shutil.copy(ROOT / "notebooks" / notebook.name, notebook)
+        with_values(notebook, remedy=True, remedy_steps=4, tokens=2048, damage_windows=2, run_name="night",
+                    max_hours=1e-6 if session == "first" else None)
+        if outputs:
+            shutil.copytree(outputs, below / "last-night" / "outputs")
+        done = subprocess.run([sys.executable, str(notebook)], cwd=working, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        outputs = working / "outputs"
+        folder = outputs / "v15" / "night"
+        gate, found = (json.loads((folder / name).read_text()) for name in ("gate.json", "validation.json"))
+        assert json.loads((folder.parent / "gate.json").read_text()) == gate
+        said = ("The remedy is unfinished, time budget at step 1 of 4: run all cells again with the same parameters "
+                "to go on.")
+        assert done.stdout.count(said) == (2 if session == "first" else 0)
+        assert ("gate after the remedy" in done.stdout) == (session == "second")
+        if session == "first":
+            assert gate["student"] == found["before"]["gate"]["student"]
+            assert gate["other"] is None and found["after"] is None
+            assert (folder / "checkpoint.pt").is_file() and not (folder / "metrics.json").exists()
+        else:
+            assert "resuming the attached unfinished run" in done.stdout and "; 4 steps in" in done.stdout
+            assert gate["other"] is not None and found["after"] is not None
+            assert (folder / "metrics.json").is_file() and not (folder / "checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize("name, values, sentence", [
     ("asnn_v15_spikingbrain", {"tokens": 0}, "tokens is 0; allowed: None or a whole number from 2048."),
     ("asnn_v15_spikingbrain", {"student": "v14.4/nonsense"}, "student is 'v14.4/nonsense'; allowed: "),

@@ -3,7 +3,8 @@ import dataclasses
 import importlib
 import json
 import shutil
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,36 @@ def test_bf16_asked_for_on_a_t4_is_talked_out_of(gpu):
         asnn.preflight(precision="fp8")
 
 
+def test_a_page_that_measures_the_cpu_says_so_and_asks_for_no_gpu(monkeypatch, gpu, no_gpu):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    cpu = torch.device("cpu")
+    rows, advice = asnn.preflight(device=cpu, precision="fp32")
+    table = named(rows)
+    assert advice == [] and table["GPU"] == "none no CUDA device" and table["precision"].startswith("fp32 ")
+    assert table["memory"].endswith("GiB of this machine") and float(table["memory"].split()[0]) > 0.1
+    gpu()
+    rows, advice = asnn.preflight(device=cpu, precision="fp32")
+    assert advice == [] and named(rows)["GPU"] == "not used what is measured here is the CPU; there is Tesla T4, 15 GiB"
+    assert "GPU memory" not in named(rows) and named(rows)["precision"].startswith("fp32 ")
+    assert asnn.preflight(device=torch.device("cuda", 0)) == asnn.preflight()  # all that it may need is there
+
+
+def test_a_card_that_cannot_be_used_is_named_to_a_page_that_trains_nothing(gpu):
+    gpu("Tesla P100", (6, 0), works=False)
+    rows, advice = asnn.preflight(device=torch.device("cpu"))
+    assert advice == [] and named(rows)["GPU"].startswith("none Tesla P100 (sm_60) has no kernels")
+
+
+def test_the_table_is_shown_and_what_to_do_stands_under_it(monkeypatch, no_gpu, capsys):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    asnn.show_preflight()
+    printed = capsys.readouterr().out
+    assert "no CUDA device" in printed and printed.endswith("Nothing to change: go on.\n")
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    asnn.show_preflight()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("This Kaggle session has no GPU: choose Settings")
+
+
 def test_too_little_memory_is_said_when_the_probe_runs_out_of_it(monkeypatch, gpu, task):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -180,6 +211,54 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path, distillation):
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in log if name in row] and found
     assert [event.value for event in events.Scalars("val_density/0.k")] == [0.25, 0.25]
+
+
+@pytest.fixture
+def trackio(monkeypatch):
+    """A module in the place of trackio, and what accelerate gives it: {"runs", "config", "rows"}. As the real one it
+    sends rows in groups: those of a run that is not finished are lost."""
+    tracking = pytest.importorskip("accelerate.tracking")
+    module, given = ModuleType("trackio"), {"runs": [], "config": [], "rows": []}
+
+    class TrackioRun:
+        def __init__(self):
+            self.waiting = []
+
+        def log(self, metrics, step=None):
+            assert all(isinstance(value, (bool, str, float, int)) for value in metrics.values())
+            self.waiting.append((step, dict(metrics)))
+
+        def finish(self):
+            given["rows"] += self.waiting
+            self.waiting = None
+
+    def init(project, name=None):
+        given["runs"].append((project, name))
+        return TrackioRun()
+    module.init = init
+    module.config = SimpleNamespace(update=lambda values, allow_val_change: given["config"].append(values))
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    if tracking.LoggerType.TRACKIO not in tracking.get_available_trackers():  # accelerate looks once, as it is imported
+        available = [*tracking.get_available_trackers(), tracking.LoggerType.TRACKIO]
+        monkeypatch.setattr(tracking, "_available_trackers", available)
+    return given
+
+
+def test_trackio_is_given_every_row_of_the_log(tmp_path, distillation, trackio):
+    folder = tmp_path / "v14.3" / "night"
+    fit_with(distillation, folder, "trackio", steps=7)
+    assert len(trackio["rows"]) == 8  # a row for each step, and an evaluation
+    result = fit_with(distillation, folder, "trackio")  # resumed
+    assert trackio["runs"] == [("asnn-goose", "v14.3/night")] * 2
+    assert [values["lr"] for values in trackio["config"]] == [2e-3] * 2
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log == result.log and len(log) == 14
+    expected = []
+    for row in log:
+        flat = {name: value for name, value in row.items() if name not in ("step", "val_density") and value is not None}
+        flat |= {f"val_density/{site}": share for site, share in row.get("val_density", {}).items()}
+        expected.append((row["step"], flat))
+    assert trackio["rows"] == expected
 
 
 def test_without_a_tracker_there_is_the_log_alone_and_the_same_run(tmp_path, distillation):

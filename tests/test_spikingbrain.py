@@ -1521,6 +1521,20 @@ def test_a_remedied_student_can_be_remedied_again(remedied):
     assert [row["metric"] for row in again.table()][-1] == "PPL"
 
 
+def test_a_remedy_that_its_budget_ends_goes_on_to_what_one_without_a_budget_gives(remedy_of, tmp_path):
+    settings = asnn.Remediation(rate_weight=5.0, steps=6)
+    student, cut = remedy_of(settings, folder=tmp_path / "cut", max_hours=1e-9)
+    assert (cut.training.stopped, cut.training.step, cut.training.finished) == ("time budget", 1, False)
+    assert cut.after is None and cut.ppl_after is None  # nothing is claimed of it
+    assert cut.before.meta["student"] == asnn.student_id(student) and (tmp_path / "cut" / "checkpoint.pt").is_file()
+    again, whole = (remedy_of(settings, folder=tmp_path / name)[1] for name in ("cut", "whole"))
+    assert again.training.finished and again.training.step == whole.training.step == 6
+    assert len([row for row in again.training.log if "loss" in row]) == 6
+    assert asnn.student_id(again.student) == asnn.student_id(whole.student) != asnn.student_id(cut.student)
+    assert again.table() == whole.table() and again.ppl_after == whole.ppl_after
+    assert again.after.gate["metrics"] == whole.after.gate["metrics"]
+
+
 @pytest.mark.parametrize("before, after, verdict", [(100.0, 102.0, "pass"), (50.0, 51.0, "pass"), (100.0, 102.1, "FAIL"),
                                                     (100.0, 80.0, "pass")])
 def test_a_rise_of_exactly_two_percent_passes(passing, before, after, verdict):
