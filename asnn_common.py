@@ -147,6 +147,42 @@ def check_numbers(values: dict[str, Any], kinds: dict[str, str], owner: str = ""
         require(known, label, value, allowed + (" or None" if optional else ""))
 
 
+# The notebooks' parameters: a kind, as an annotation says it, and for numbers the least one that is allowed.
+PARAMETERS = {
+    **{name: ("str | None", 0) for name in ("student", "profile", "corpus", "teacher", "tracker", "run_name")},
+    "recipe": ("str", 0), "seed": ("int", 0), "tax_seeds": ("int", 0), "damage_windows": ("int", 2),
+    "tokens": ("int | None", 2048), "price_per_hour": ("float", 0.0), "max_hours": ("float | None", None),
+    **{name: ("int | None", 1) for name in ("steps", "tax_steps", "remedy_steps", "layers", "repeats", "quality_tokens")},
+    **{name: ("bool | None", 0) for name in ("remedy", "compiled")},
+    **{name: ("list | None", 1) for name in ("contexts", "batches")}}
+
+
+def check_parameters(**values: Any) -> None:
+    """Raises ValueError for a parameter of a notebook that is of another kind than PARAMETERS says, or too small."""
+    def whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    for name, value in values.items():
+        annotation, least = PARAMETERS[name]
+        kind, _, optional = annotation.partition(" | ")
+        if kind == "str":
+            allowed, fits = "a word", isinstance(value, (str, Path)) and bool(str(value))
+        elif kind == "int":
+            most = 2**32 - 1 if name == "seed" else math.inf
+            allowed = f"a whole number from {least}" + (f" to {most:,}" if name == "seed" else "")
+            fits = whole(value, least) and value <= most
+        elif kind == "list":
+            allowed = f"a list of whole numbers from {least}"
+            fits = isinstance(value, (list, tuple)) and bool(value) and all(whole(x, least) for x in value)
+        elif kind == "bool":
+            allowed, fits = "True, False", isinstance(value, bool)
+        else:
+            allowed = "a number above 0" if least is None else f"a number from {least:g}"
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and (
+                0 < value < math.inf if least is None else least <= value < math.inf)
+        require(fits or bool(optional) and value is None, name, value, allowed + (" or None" if optional else ""))
+
+
 def check_fields(config: Any, zero: Iterable[str] = (), shares: Iterable[str] = ()) -> None:
     """`check_numbers` for all fields of a dataclass."""
     kinds = {item.name: item.type for item in dataclasses.fields(config)}
@@ -2185,6 +2221,12 @@ def wait_for_everyone() -> None:
     state = several_processes()
     if state:
         state.wait_for_everyone()
+
+
+def how_to_go_on() -> str:
+    """What to do with a run that its hours have cut off."""
+    attach = "attach the output of this version with Add Input, then " if where_am_i() == "kaggle" else ""
+    return f"{attach}run all cells again with the same parameters to go on"
 
 
 def main_process_first() -> contextlib.AbstractContextManager:
@@ -5964,8 +6006,8 @@ class Run:
     def _open(cls, version: str, name: str | None, config: dict[str, Any], outputs: Path | None) -> Run:
         name = name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         for what, value in (("version", version), ("run name", name)):
-            require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) is not None, what, value,
-                    "letters, digits, '.', '_' and '-', a letter or digit first")
+            fits = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value) is not None
+            require(fits, what, value, "at most 100 letters, digits, '.', '_' and '-', a letter or digit first")
         base = (outputs or outputs_folder()) / version
         require_writable(base, "the outputs folder")
         text = json.dumps(config, indent=1, sort_keys=True)
@@ -6040,6 +6082,8 @@ def find_run(name: str | None = None, without: tuple[str, ...] = (), sites: tupl
     def finished(path: Path) -> bool:
         return all((path / part).is_file() for part in ("config.json", "metrics.json", "student/config.json"))
 
+    require(name is None or isinstance(name, (str, Path)) and bool(str(name)), "student", name,
+            "<version>/<run>, the folder of a finished run, or None")
     if name is not None and finished(Path(name)):
         return Path(name)
     found = [path.parent for path in (outputs or outputs_folder()).glob("*/*/metrics.json") if finished(path.parent)]

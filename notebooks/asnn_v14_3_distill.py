@@ -34,9 +34,10 @@
 
 # %% [markdown]
 # ## Set-up
-# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a missing small package where there is internet, and never torch.
+# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a small package that is missing or too old where there is internet, and never torch.
 
 # %% tags=["bootstrap"]
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -66,12 +67,16 @@ def find_common():
 
 
 sys.path.insert(0, str(find_common()))
-missing = [name for name in ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "tqdm")
-           if importlib.util.find_spec(name) is None]
+least = {"transformers": 5, "accelerate": 1, "datasets": 4, "matplotlib": 3, "pandas": 2, "tqdm": 4}
+missing = [f"{name}>={number}" for name, number in least.items() if importlib.util.find_spec(name) is None
+           or int(importlib.metadata.version(name).split(".")[0]) < number]
 if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
     raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
 if importlib.util.find_spec("torch") is None:
     raise ImportError("torch is missing: choose an image that has it (Kaggle and Colab do).")
+found = importlib.metadata.version("torch")
+if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
+    raise ImportError(f"torch is {found}, and 2.10 or newer is needed: choose the latest environment.")
 
 # %% [markdown]
 # ## Parameters
@@ -109,12 +114,11 @@ import asnn_common as asnn  # noqa: E402
 
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
-asnn.check_numbers({"max_hours": max_hours, "seed": seed}, {"max_hours": "float | None", "seed": "int"}, zero=("seed",))
+asnn.check_parameters(recipe=recipe, profile=profile, corpus=corpus, teacher=teacher, steps=steps,
+                      max_hours=max_hours, tracker=tracker, seed=seed, run_name=run_name)
 size, reason = asnn.select_profile(profile)
 size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
 chosen = size.scale(asnn.get_recipe(recipe), seed=seed, **({} if steps is None else {"distill_steps": steps}))
-if steps is not None:
-    asnn.require(isinstance(steps, int) and steps >= 1, "steps", steps, "a whole number from 1")
 device, device_reason = asnn.select_device()
 precision, precision_reason = asnn.select_precision(device)
 env = asnn.environment()
@@ -259,7 +263,7 @@ print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {resul
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")
 if not result.finished:
-    print("The run is not finished: run all cells again with the same parameters to go on.")
+    print(f"The run is not finished: {asnn.how_to_go_on()}.")
 
 # %% [markdown]
 # What happened, from the log. Dashed: what was published for v14.3, GPT-2 on WikiText-2; its perplexity is drawn only for that corpus and teacher.
@@ -333,8 +337,9 @@ asnn.show_table(samples, prose=True)
 # The founders' checks, on this run. The target is the project's research target, a gap of 4.5; a check that does not apply says so.
 
 # %%
+versions = list(asnn.RECIPES)
 earlier = [m for m in asnn.runs() if m["corpus"]["hash"] == text.hash and m["teacher"]["name"] == master.name
-           and m["version"] != chosen.name and m["training"]["step"] == result.step]
+           and m["version"] in versions[:versions.index(chosen.name)] and m["training"]["step"] == result.step]
 checks = asnn.run_checks(chosen, result, measured["student"]["test"].ppl, 4.5 * measured["teacher"]["test"].ppl,
                          earlier[-1]["student"]["test"]["ppl"] if earlier else None, metrics["student"]["density"],
                          metrics["student"]["amplitude"])

@@ -30,9 +30,10 @@
 
 # %% [markdown]
 # ## Set-up
-# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a missing small package where there is internet, and never torch.
+# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a small package that is missing or too old where there is internet, and never torch.
 
 # %% tags=["bootstrap"]
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -62,19 +63,23 @@ def find_common():
 
 
 sys.path.insert(0, str(find_common()))
-missing = [name for name in ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "tqdm")
-           if importlib.util.find_spec(name) is None]
+least = {"transformers": 5, "accelerate": 1, "datasets": 4, "matplotlib": 3, "pandas": 2, "tqdm": 4}
+missing = [f"{name}>={number}" for name, number in least.items() if importlib.util.find_spec(name) is None
+           or int(importlib.metadata.version(name).split(".")[0]) < number]
 if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
     raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
 if importlib.util.find_spec("torch") is None:
     raise ImportError("torch is missing: choose an image that has it (Kaggle and Colab do).")
+found = importlib.metadata.version("torch")
+if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
+    raise ImportError(f"torch is {found}, and 2.10 or newer is needed: choose the latest environment.")
 
 # %% [markdown]
 # ## Parameters
 # The only cell to edit. `None` means: what the profile says.
 
 # %% tags=["parameters"]
-recipe = "v14.4"  # v14.4, v14.4-sites (spikes before every product), v14.4-vector, v14.4-t4 (long), or one of the history
+recipe = "v14.4"  # v14.4, v14.4-sites (spikes before every product), v14.4-rates (fewer of them), v14.4-vector, v14.4-t4 (long), or one of the history
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: ASNN_PROFILE, else by hardware
 corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with train.txt, validation.txt, test.txt
 teacher = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)
@@ -108,11 +113,13 @@ import asnn_common as asnn  # noqa: E402
 
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
+asnn.check_parameters(recipe=recipe, profile=profile, corpus=corpus, teacher=teacher, steps=steps,
+                      tax_seeds=tax_seeds, tax_steps=tax_steps, max_hours=max_hours, tracker=tracker, seed=seed,
+                      run_name=run_name)
 size, reason = asnn.select_profile(profile)
-asnn.check_numbers({"max_hours": max_hours, "seed": seed}, {"max_hours": "float | None", "seed": "int"}, zero=("seed",))
 asked = asnn.get_recipe(recipe)
 if size.name == "t4":  # what a long recipe asks for
-    corpus, max_hours = corpus or asked.corpus, max_hours or asked.max_hours
+    corpus, teacher, max_hours = corpus or asked.corpus, teacher or asked.teacher, max_hours or asked.max_hours
 size = size.replace(**{k: v for k, v in {"corpus": corpus, "teacher": teacher}.items() if v is not None})
 chosen = size.scale(asked, seed=seed, **({} if steps is None else {"distill_steps": steps}))
 device, device_reason = asnn.select_device()
@@ -319,7 +326,7 @@ print(f"{result.stopped} at step {result.step} of {chosen.distill_steps}; {resul
       f"{result.tokens_per_second:,.0f} tokens/s (measured), precision {result.precision}, "
       f"peak {result.peak_memory_gb:.2f} GiB")
 if not result.finished:
-    print("The run is not finished: run all cells again with the same parameters to go on.")
+    print(f"The run is not finished: {asnn.how_to_go_on()}.")
 
 # %% [markdown]
 # What happened, and what each stage gained.
@@ -534,7 +541,7 @@ if complete:
     run.finish(metrics, student.cpu(), master.tokenizer)
     shutil.rmtree(run.folder / "tax", ignore_errors=True)
 else:
-    print("Not finished: run all cells again with the same parameters to go on.")
+    print(f"Not finished: {asnn.how_to_go_on()}.")
 
 # %% tags=["nbval-check-output"]
 for name in (".", "figures", "student"):

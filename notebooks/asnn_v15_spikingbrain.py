@@ -29,9 +29,10 @@
 
 # %% [markdown]
 # ## Set-up
-# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a missing small package where there is internet, and never torch.
+# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a small package that is missing or too old where there is internet, and never torch.
 
 # %% tags=["bootstrap"]
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -61,12 +62,16 @@ def find_common():
 
 
 sys.path.insert(0, str(find_common()))
-missing = [name for name in ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "tqdm")
-           if importlib.util.find_spec(name) is None]
+least = {"transformers": 5, "accelerate": 1, "datasets": 4, "matplotlib": 3, "pandas": 2, "tqdm": 4}
+missing = [f"{name}>={number}" for name, number in least.items() if importlib.util.find_spec(name) is None
+           or int(importlib.metadata.version(name).split(".")[0]) < number]
 if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
     raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
 if importlib.util.find_spec("torch") is None:
     raise ImportError("torch is missing: choose an image that has it (Kaggle and Colab do).")
+found = importlib.metadata.version("torch")
+if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
+    raise ImportError(f"torch is {found}, and 2.10 or newer is needed: choose the latest environment.")
 
 # %% [markdown]
 # ## Parameters
@@ -104,10 +109,9 @@ import asnn_common as asnn  # noqa: E402
 
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
-for what, value, least in (("tokens", tokens, 2048), ("remedy_steps", remedy_steps, 1), ("damage_windows", damage_windows, 2), ("seed", seed, 0)):
-    asnn.require(value is None and what != "seed" or isinstance(value, int) and value >= least, what, value, f"None or a whole number from {least}")
-asnn.require(remedy in (None, True, False), "remedy", remedy, "None, True, False")
-asnn.check_numbers({"max_hours": max_hours}, {"max_hours": "float | None"})
+asnn.check_parameters(student=student, profile=profile, corpus=corpus, teacher=teacher, tokens=tokens, remedy=remedy,
+                      remedy_steps=remedy_steps, damage_windows=damage_windows, max_hours=max_hours, seed=seed,
+                      run_name=run_name)
 asnn.select_profile(profile)
 asnn.import_optional("scipy.stats")  # said now and not after the recording
 device, _ = asnn.select_device()
@@ -397,7 +401,7 @@ if remedy or remedy is None and first.gate["verdict"] == "failed":
     hours_left = None if max_hours is None else max(1e-6, max_hours - (time.perf_counter() - begin) / 3600)
     remedied = asnn.remediate(brain, teacher_model, sampler, recipe, again, perplexity, parts, before=first, folder=run.folder, max_hours=hours_left)
     if not remedied.training.finished:
-        unfinished = f"The remedy is unfinished, {remedied.training.stopped} at step {remedied.training.step} of {parts.steps}: run all cells again with the same parameters to go on."
+        unfinished = f"The remedy is unfinished, {remedied.training.stopped} at step {remedied.training.step} of {parts.steps}: {asnn.how_to_go_on()}."
         remedied = None
         print(unfinished)
 if remedied:

@@ -27,9 +27,10 @@
 
 # %% [markdown]
 # ## Set-up
-# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a missing small package where there is internet, and never torch.
+# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a small package that is missing or too old where there is internet, and never torch.
 
 # %% tags=["bootstrap"]
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -59,12 +60,16 @@ def find_common():
 
 
 sys.path.insert(0, str(find_common()))
-missing = [name for name in ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "tqdm")
-           if importlib.util.find_spec(name) is None]
+least = {"transformers": 5, "accelerate": 1, "datasets": 4, "matplotlib": 3, "pandas": 2, "tqdm": 4}
+missing = [f"{name}>={number}" for name, number in least.items() if importlib.util.find_spec(name) is None
+           or int(importlib.metadata.version(name).split(".")[0]) < number]
 if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
     raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
 if importlib.util.find_spec("torch") is None:
     raise ImportError("torch is missing: choose an image that has it (Kaggle and Colab do).")
+found = importlib.metadata.version("torch")
+if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
+    raise ImportError(f"torch is {found}, and 2.10 or newer is needed: choose the latest environment.")
 
 # %% [markdown]
 # ## Parameters
@@ -102,9 +107,8 @@ import asnn_common as asnn  # noqa: E402
 
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
-for what, value in (("layers", layers), ("repeats", repeats), ("quality_tokens", quality_tokens)):
-    asnn.require(value is None or isinstance(value, int) and value >= 1, what, value, "None or a whole number from 1")
-asnn.require(compiled in (None, True, False), "compiled", compiled, "None, True, False")
+asnn.check_parameters(student=student, profile=profile, layers=layers, repeats=repeats, compiled=compiled,
+                      quality_tokens=quality_tokens, seed=seed, run_name=run_name)
 size, reason = asnn.select_profile(profile)
 tiny = size.name == "tiny"
 compiled = not tiny if compiled is None else compiled

@@ -26,9 +26,10 @@
 
 # %% [markdown]
 # ## Set-up
-# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a missing small package where there is internet, and never torch.
+# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a small package that is missing or too old where there is internet, and never torch.
 
 # %% tags=["bootstrap"]
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -58,12 +59,16 @@ def find_common():
 
 
 sys.path.insert(0, str(find_common()))
-missing = [name for name in ("transformers", "accelerate", "datasets", "matplotlib", "pandas", "tqdm")
-           if importlib.util.find_spec(name) is None]
+least = {"transformers": 5, "accelerate": 1, "datasets": 4, "matplotlib": 3, "pandas": 2, "tqdm": 4}
+missing = [f"{name}>={number}" for name, number in least.items() if importlib.util.find_spec(name) is None
+           or int(importlib.metadata.version(name).split(".")[0]) < number]
 if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
     raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
 if importlib.util.find_spec("torch") is None:
     raise ImportError("torch is missing: choose an image that has it (Kaggle and Colab do).")
+found = importlib.metadata.version("torch")
+if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
+    raise ImportError(f"torch is {found}, and 2.10 or newer is needed: choose the latest environment.")
 
 # %% [markdown]
 # ## Parameters
@@ -105,9 +110,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig  # noqa: E
 
 asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
 begin = time.perf_counter()
-for what, value in (("layers", layers), ("repeats", repeats)):
-    asnn.require(value is None or isinstance(value, int) and value >= 1, what, value, "None or a whole number from 1")
-asnn.require(price_per_hour >= 0, "price_per_hour", price_per_hour, "a number from 0")
+asnn.check_parameters(student=student, profile=profile, layers=layers, repeats=repeats, contexts=contexts,
+                      batches=batches, compiled=compiled, price_per_hour=price_per_hour, seed=seed, run_name=run_name)
 size, reason = asnn.select_profile(profile)
 device, _ = asnn.select_device()
 tiny = size.name == "tiny"
@@ -115,6 +119,7 @@ layers, repeats = layers or (2 if tiny else 5), repeats or (3 if tiny else 25)
 contexts, batches = contexts or ([16, 48] if tiny else [128, 512, 1000, 8192]), batches or ([1, 2] if tiny else [1, 4, 16, 64])
 compiled = not tiny if compiled is None else compiled
 width, vocabulary, positions = (64, 512, 40) if tiny else (768, 50257, 1024)
+asnn.require(min(contexts) < positions, "contexts", contexts, f"at least one below the {positions} positions of GPT-2, beside longer ones")
 env = asnn.environment()
 hardware = asnn.hardware_text(env, gpus=device.type == "cuda")
 print(reason)
@@ -177,7 +182,7 @@ print(f"precision: {precision}; fastest student expected: {fastest}")
 # Latency of a decoded token after a context, with the cache that each system has; all of them in turns, warm-up calls outside the clock.
 
 # %%
-middle = contexts[min(1, len(contexts) - 1)] if contexts[min(1, len(contexts) - 1)] < positions else contexts[0]
+middle = sorted(context for context in contexts if context < positions)[:2][-1]  # the second, where GPT-2 still has a position
 first = asnn.bench(systems, None, [middle], [1], repeats)
 asnn.show_table(first.table())
 print(f"medians of {repeats} interleaved measurements, context {middle}, {hardware}; energy counter: {first.environment['energy counter'] or 'none that can be read: energy is only estimated below'}")

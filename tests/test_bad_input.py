@@ -55,6 +55,40 @@ def test_an_unknown_name_is_refused_with_those_that_exist(refused, call, sentenc
     refused(call, ValueError, sentence)
 
 
+WRONG = {"str": (5, "", True, ["a"]), "int": (-1, 1.5, "3", True, math.nan, [1]), "float": (-1, "0.35", True, math.nan, math.inf),
+         "bool": ("yes", 1, 0.0), "list": (5, True, "128", [], ["a"], [0], [1.5], [True])}
+
+
+@pytest.mark.parametrize("name, value", [
+    (name, value) for name, (annotation, _) in asnn.PARAMETERS.items()
+    for value in (*WRONG[annotation.split(" ")[0]], *(() if "None" in annotation else (None,)))], ids=str)
+def test_a_parameter_of_a_notebook_is_what_it_has_to_be(refused, name, value):
+    refused(lambda: asnn.check_parameters(**{name: value}), ValueError, rf"{name} is {re.escape(repr(value))}; allowed: .+\.")
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("seed", 2**32, "a whole number from 0 to 4,294,967,295"), ("tokens", 2047, "a whole number from 2048 or None"),
+    ("damage_windows", 1, "a whole number from 2"), ("max_hours", 0, "a number above 0 or None")])
+def test_a_parameter_has_its_bounds(refused, name, value, allowed):
+    refused(lambda: asnn.check_parameters(**{name: value}), ValueError, rf"{name} is {value}; allowed: {allowed}\.")
+
+
+def test_good_parameters_pass():
+    asnn.check_parameters(recipe="v14.4", corpus=None, teacher=Path("gpt2"), seed=2**32 - 1, tax_seeds=0, tokens=2048, max_hours=1,
+                          price_per_hour=0, compiled=False, contexts=(1, 2), batches=[1], layers=None, run_name="a")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", " ", 5, "a" * 101, "-a"])
+def test_a_run_name_is_a_short_word(refused, tmp_path, name):
+    refused(lambda: asnn.Run.open("v1", name, {}, tmp_path), ValueError, r"run name is .+; allowed: at most 100 letters, .+\.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_is_named_by_a_word(refused):
+    for name in (5, ""):
+        refused(lambda: asnn.find_run(name), ValueError, r"student is .+; allowed: <version>/<run>, .+\.")
+
+
 @pytest.mark.parametrize("band", [(0.6, 0.2), (-0.1, 0.5), (0.2, 1.1), (0.2,), (0.1, 0.2, 0.3), ("0.1", "0.5"), 0.5])
 def test_a_band_of_rates_is_two_shares(refused, band):
     allowed = "a list of two shares" if band == 0.5 else "two shares, the lower one first"

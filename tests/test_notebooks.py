@@ -1,5 +1,7 @@
 """The notebook of the distillation on a simulated Kaggle, as a script and through papermill; the README's tables."""
 
+import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -113,6 +115,38 @@ def test_bootstrap_says_what_to_do_when_the_module_is_nowhere(tmp_path):
     done = subprocess.run([sys.executable, str(working / NOTEBOOK.with_suffix(".py").name)], cwd=working, env=env,
                           capture_output=True, text=True)
     assert done.returncode != 0 and "attach it as a Kaggle dataset" in done.stderr.strip().splitlines()[-1]
+
+
+def cell_of(source, tag):
+    return source.split(f'# %% tags=["{tag}"]\n')[1].split("\n# %%")[0]
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "notebooks").glob("asnn_*.py")), ids=lambda path: path.stem)
+def test_a_notebook_checks_all_its_parameters(source):
+    text = source.read_text()
+    names = [target.id for line in ast.parse(cell_of(text, "parameters")).body for target in line.targets]
+    (call,) = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)
+               and ast.unparse(node.func) == "asnn.check_parameters"]
+    assert sorted((k.arg, ast.unparse(k.value)) for k in call.keywords) == sorted((name, name) for name in names)
+    assert set(names) <= asnn.PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name, version, outcome", [
+    ("transformers", "4.57.3", "transformers>=5"), ("datasets", "3.6.0", "datasets>=4"), ("transformers", "5.0.0rc1", None),
+    ("torch", "2.9.1+cu128", "torch is 2.9.1+cu128, and 2.10 or newer is needed"), ("torch", "3.0", None)])
+def test_bootstrap_asks_for_versions_that_work(monkeypatch, name, version, outcome):
+    """A package that is too old is installed anew; torch never is."""
+    known, asked = importlib.metadata.version, []
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version if package == name else known(package))
+    monkeypatch.setattr(subprocess, "run", lambda command: asked.append(command[5:]) or subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cell = compile(cell_of(NOTEBOOK.with_suffix(".py").read_text(), "bootstrap"), "bootstrap", "exec")
+    if name == "torch" and outcome:
+        with pytest.raises(ImportError, match=re.escape(outcome)):
+            exec(cell, {"__file__": str(NOTEBOOK)})
+    else:
+        exec(cell, {"__file__": str(NOTEBOOK)})
+    assert asked == ([[outcome]] if outcome and name != "torch" else [])
 
 
 def with_values(notebook, **values):
