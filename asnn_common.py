@@ -5935,9 +5935,9 @@ def figure_style() -> None:
 
 def plain_log(axis: Any, values: Iterable[float] | None = None) -> None:
     """Gives a logarithmic matplotlib axis (`axes.xaxis` or `.yaxis`, drawn already) ticks written as numbers, 200 instead
-    of 2 x 10^2: at `values`, else at each power of ten, and at 2 and 5 times it where that does not crowd them."""
+    of 2 x 10^2: at `values`, else at each power of ten, and at multiples of it where they do not crowd them."""
     ticker, (low, high) = import_optional("matplotlib.ticker"), axis.get_view_interval()
-    subs = (1, 2, 5) if high < 1000 * low else (1,)
+    subs = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
     axis.set_major_locator(ticker.LogLocator(subs=subs) if values is None else ticker.FixedLocator(list(values)))
     axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
@@ -5970,7 +5970,8 @@ def show_preflight(task: Task | None = None, **options: Any) -> None:
 
 def hardware_text(env: dict[str, Any], gpus: bool = True) -> str:
     """What a measurement in this `environment` was made on: its GPUs, without them or `gpus` its CPU and threads."""
-    return gpus and ", ".join(env["gpus"]) or f"{env['cpu']}, {env['threads']} threads"
+    threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
+    return gpus and ", ".join(env["gpus"]) or f"{env['cpu']}, {threads}"
 
 
 def versions_text(env: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ ROWS = {
     "spikes in ffn_hidden": ("v14.4", {"spike_sites": ("k", "v", "ffn_hidden")}),
     "spikes in head_in": ("v14.4", {"spike_sites": ("k", "v", "head_in")}),
     "all layer sites (v14.4-sites)": ("v14.4-sites", {}),
+    "all layer sites, rates held (v14.4-rates)": ("v14.4-rates", {}),
     "all layer sites, integer:3": ("v14.4-sites", {"encoder_kind": "integer:3"}),
     "all sites and the head": ("v14.4-sites", {"spike_sites": asnn.SITES}),
     "dense twin of v14.4": ("v14.4", {"spike_kind": "dense"}),

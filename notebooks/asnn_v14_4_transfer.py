@@ -342,7 +342,7 @@ def plot_curves(log, recipe):
             axes[0].plot([row["step"] for row in rows], [row[name] for row in rows], label=label)
     axes[0].set(title="loss on training batches", ylabel="nats per token, or share", yscale="log")
     asnn.plain_log(axes[0].yaxis)
-    axes[0].legend(loc="upper right")
+    axes[0].legend(loc="center right")
     axes[1].plot([row["step"] for row in checks], [row["val_ppl"] for row in checks], "o-")
     axes[1].set(title=f"validation perplexity, first {size.eval_windows} windows", ylabel="PPL", yscale="log")
     asnn.plain_log(axes[1].yaxis)

@@ -224,15 +224,18 @@ def plot_health(result):
         axis.remove()
     low, high = asnn.GATE["firing rate"]
     for axis, (kind, names) in zip(axes, kinds.items()):
-        axis.axvspan(low, high, color="#dddddd")
+        axis.axvspan(low, high, color="#dddddd", label=f"gate: mean in [{low}, {high}]")
         for site in names:
             axis.hist(result.arrays[site]["rate"], bins=np.linspace(0, 1, 41), histtype="step", label=f"{site}: mean {result.sites[site]['firing rate']:.2f}")
         axis.set(title=f"firing rate of channels, {kind}", xlabel="share of tokens with a spike", ylabel="channels", xlim=(0, 1),
-                 ylim=(0, (1.1 + 0.12 * len(names)) * axis.get_ylim()[1]))
+                 ylim=(0, (1.25 + 0.12 * len(names)) * axis.get_ylim()[1]))
         axis.legend(fontsize=7, loc="upper right")
     last = axes[len(kinds)]
-    for site in result.sites:
-        last.plot(result.arrays[site]["by position"], linewidth=0.8, label=site)
+    layers = list(dict.fromkeys(site.split(".")[0] for site in result.sites))
+    for kind, names in kinds.items():  # a colour for a layer, as in the other panels, a line for a site
+        line = dict(zip(kinds, ("-", "--", ":", "-.") * len(kinds)))[kind]
+        for site in names:
+            last.plot(result.arrays[site]["by position"], line, color=f"C{layers.index(site.split('.')[0])}", linewidth=0.9, label=site)
     last.set(title="firing rate by position", xlabel="position in the window (tokens)", ylabel="mean rate", ylim=(0, 1))
     if len(result.sites) <= 10:
         last.legend(fontsize=7, ncol=2, loc="upper right")

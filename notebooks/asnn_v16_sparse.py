@@ -218,7 +218,7 @@ for (X, out), n, share in tqdm(cells, desc="surface", unit="case", mininterval=1
 def plot_surface(rows):
     names = [name for name in asnn.BACKENDS if name != "linear"]
     found = sorted({(row["in"], row["out"]) for row in rows})
-    figure, axes = plt.subplots(len(found), len(names), figsize=(2.9 * len(names), 2.6 * len(found)), squeeze=False, sharex=True, sharey=True)
+    figure, axes = plt.subplots(len(found), len(names), figsize=(3.4 * len(names), 2.9 * len(found)), squeeze=False, sharex=True, sharey=True, layout="constrained")
     for i, shape in enumerate(found):
         for j, name in enumerate(names):
             grid = np.array([[next(r["seconds"]["linear"] / r["seconds"][name] for r in rows if ((r["in"], r["out"]), r["tokens"], r["density"]) == (shape, n, d))
@@ -227,7 +227,7 @@ def plot_surface(rows):
             image = axes[i][j].imshow(np.log2(grid), cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
             for y in range(len(batches)):
                 for x in range(len(densities)):
-                    axes[i][j].text(x, y, f"{grid[y, x]:.1f}" if grid[y, x] < 9.95 else f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=6.5,
+                    axes[i][j].text(x, y, f"{grid[y, x]:.1f}" if grid[y, x] < 9.95 else f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=6,
                                     color="white" if abs(np.log2(grid[y, x])) > 1.8 else "black")
             axes[i][j].set_title(f"{name}\n{shape[0]} to {shape[1]}", fontsize=8)
             axes[i][j].set_xticks(range(len(densities)), [f"{d:g}" for d in densities], fontsize=7, rotation=60)

@@ -116,7 +116,7 @@ size, reason = asnn.select_profile(profile)
 device, _ = asnn.select_device()
 tiny = size.name == "tiny"
 layers, repeats = layers or (2 if tiny else 5), repeats or (3 if tiny else 25)
-contexts, batches = contexts or ([16, 48] if tiny else [128, 512, 1000, 8192]), batches or ([1, 2] if tiny else [1, 4, 16, 64])
+contexts, batches = sorted(contexts or ([16, 48] if tiny else [128, 512, 1000, 8192])), sorted(batches or ([1, 2] if tiny else [1, 4, 16, 64]))
 compiled = not tiny if compiled is None else compiled
 width, vocabulary, positions = (64, 512, 40) if tiny else (768, 50257, 1024)
 asnn.require(min(contexts) < positions, "contexts", contexts, f"at least one below the {positions} positions of GPT-2, beside longer ones")
@@ -182,7 +182,7 @@ print(f"precision: {precision}; fastest student expected: {fastest}")
 # Latency of a decoded token after a context, with the cache that each system has; all of them in turns, warm-up calls outside the clock.
 
 # %%
-middle = sorted(context for context in contexts if context < positions)[:2][-1]  # the second, where GPT-2 still has a position
+middle = [context for context in contexts if context < positions][:2][-1]  # the second, where GPT-2 still has a position
 first = asnn.bench(systems, None, [middle], [1], repeats)
 asnn.show_table(first.table())
 print(f"medians of {repeats} interleaved measurements, context {middle}, {hardware}; energy counter: {first.environment['energy counter'] or 'none that can be read: energy is only estimated below'}")
@@ -214,18 +214,19 @@ by_context = once(asnn.bench({name: systems[name] for name in few if "RWKV" not 
 asnn.show_table(by_context.table())
 
 
-def plot_lines(bench, x, label, ylabel, value):
+def plot_lines(bench, x, title, label, ylabel, value):
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, style in zip(dict.fromkeys(row["system"] for row in bench.rows), "o-,s--,^-.,D:,v-,x--".split(",")):
         points = [(row[x], value(row)) for row in bench.rows if row["system"] == name and "decode" in row]
-        axis.plot(*zip(*points), style, label=name)
-    axis.set(xscale="log", xlabel=label, ylabel=ylabel, ylim=(0, None))
+        alone = {"markersize": 11, "markerfacecolor": "none"} if len(points) == 1 else {}  # seen behind another
+        axis.plot(*zip(*points), style, label=name, **alone)
+    axis.set(title=f"{title}, {hardware}", xscale="log", xlabel=label, ylabel=ylabel, ylim=(0, None))
     asnn.plain_log(axis.xaxis, sorted({row[x] for row in bench.rows}))
     axis.legend()
     return figure
 
 
-run.show(plot_lines(by_context, "context", "context, tokens", "ms per token", lambda row: 1e3 * row["decode"]["median"]), "contexts")
+run.show(plot_lines(by_context, "context", "one decoded token", "context, tokens", "ms per token", lambda row: 1e3 * row["decode"]["median"]), "contexts")
 spread = {name: [row["decode"]["median"] for row in by_context.rows if row["system"] == name and "decode" in row] for name in few}
 print("; ".join(f"{name}: {1e3 * values[0]:.2f} ms at context {contexts[0]}, {1e3 * values[-1]:.2f} ms at {contexts[len(values) - 1]:,}, ratio {values[-1] / values[0]:.3f}" for name, values in spread.items() if values) + " (measured)")
 
@@ -238,7 +239,7 @@ by_batch = asnn.bench({name: systems[name] for name in few}, None, [contexts[0]]
 by_batch = once(by_batch, first.merge(by_context))
 everything = first.merge(by_context).merge(by_batch)
 asnn.show_table(by_batch.table())
-run.show(plot_lines(by_batch, "batch", "sequences decoded at once", "tokens/s", lambda row: row["tokens/s"]), "batches")
+run.show(plot_lines(by_batch, "batch", f"decoding after {contexts[0]} tokens", "sequences decoded at once", "tokens/s", lambda row: row["tokens/s"]), "batches")
 
 # %% [markdown]
 # ## Memory
@@ -255,7 +256,7 @@ def plot_memory(bench):
         left += sizes
     axis.set_yticks(range(len(longest)), [f"{name}\n({row['context']:,} tokens)" for name, row in longest.items()], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel("MiB")
+    axis.set(title="memory of one sequence", xlabel="MiB")
     axis.legend()
     return figure
 
@@ -353,22 +354,32 @@ print(f"gap: validation PPL over that of the teacher ({teacher.ppl:.2f}) on the 
 
 
 def plot_pareto():
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
     numbers = {name: i + 1 for i, name in enumerate(name for name in speed if gap_of(name))}
     for axis, values, label, best in ((axes[0], speed, "tokens/s, batch 1 (measured)", max), (axes[1], {n: 1e6 * v for n, v in energy.items()}, "uJ per token, with DRAM and head (estimated)", min)):
         points = {name: (value, gap_of(name)) for name, value in values.items() if gap_of(name)}
-        heights = {}
-        for name, (x, y) in sorted(points.items(), key=lambda item: item[1]):
-            axis.scatter(x, y, color=asnn.COLOURS["vermillion" if "gather" in name or "auto" in name else "blue"])
-            # Numbers of points that lie together are stacked.
-            near = (round(8 * x / max(p[0] for p in points.values())), round(y, 1))
-            heights[near] = heights.get(near, 0) + 1
-            axis.annotate(str(numbers[name]), (x, y), xytext=(0, -4 + 10 * heights[near]), textcoords="offset points", ha="center", fontsize=8)
+        clusters = []  # points that lie together have their numbers in one text
+        for name, (x, y) in sorted(points.items(), key=lambda item: (round(item[1][1], 1), item[1][0])):
+            skips = "gather" in name or "auto" in name
+            axis.scatter(x, y, color=asnn.COLOURS["vermillion" if skips else "blue"], marker="s" if skips else "o", zorder=3)
+            last = clusters[-1][-1] if clusters else None
+            if last and abs(x - last[0]) < 0.05 * max(p[0] for p in points.values()) and abs(y - last[1]) < 0.1:
+                clusters[-1].append((x, y, name))
+            else:
+                clusters.append([(x, y, name)])
+        for cluster in clusters:
+            x, y = np.mean([x for x, _, _ in cluster]), max(y for _, y, _ in cluster)
+            axis.annotate(", ".join(str(numbers[name]) for *_, name in cluster), (x, y), xytext=(0, 8), textcoords="offset points", ha="center",
+                          fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8}, zorder=2)
         front = sorted(p for p in set(points.values()) if not any((q[0] >= p[0] if best is max else q[0] <= p[0]) and q[1] <= p[1] and q != p for q in points.values()))
-        axis.plot(*zip(*front), "k--", lw=0.8, label="Pareto front")
-        axis.set(xlabel=label, ylabel="gap (student PPL / teacher PPL)")
+        axis.plot(*zip(*front), "k--", lw=0.8, zorder=1)
+        axis.set(xlabel=label)
         axis.margins(0.15)
-        axis.legend(loc="center right")
+    axes[0].set(ylabel="gap (student PPL / teacher PPL)", title="faster is to the right")
+    axes[1].set(title="less energy is to the left")
+    keys = [plt.Line2D([], [], color=asnn.COLOURS[colour], marker=marker, linestyle="none", label=label)
+            for colour, marker, label in (("blue", "o", "dense products"), ("vermillion", "s", "products that skip zeros"))]
+    axes[1].legend(handles=[*keys, plt.Line2D([], [], color="k", linestyle="--", lw=0.8, label="Pareto front")], loc="center right")
     figure.tight_layout()
     figure.subplots_adjust(right=0.8)
     figure.text(0.81, 0.5, "\n".join(f"{number}  {name}" for name, number in numbers.items()), fontsize=8, va="center")
@@ -446,7 +457,7 @@ def plot_scale():
         axis.plot([scaled[key]["parameters"] / 1e6 for key in keys], [1e3 * timings[key].median for key in keys], marker, color=colour, label=f"{name}, measured")
         *_, estimate, half = fits[name]
         axis.errorbar([parameters / 1e6], [1e3 * estimate], [[1e3 * min(half, 0.99 * estimate)], [1e3 * half]], fmt=marker, mfc="none", color=colour, capsize=4, label=f"{name}, estimated")
-    axis.set(xscale="log", yscale="log", xlabel="parameters, millions", ylabel="ms per token")
+    axis.set(title=f"decoding at other sizes, {hardware}", xscale="log", yscale="log", xlabel="parameters, millions", ylabel="ms per token")
     asnn.plain_log(axis.xaxis)
     asnn.plain_log(axis.yaxis)
     axis.legend()
