@@ -99,6 +99,7 @@ GRANULARITIES = ("scalar", "channel")
 STATES = ("vector", "matrix", "delta")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear")
+TEMPERATURES = ("fixed", "bounded", "paper", "staged")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 TRACKERS = ("tensorboard", "trackio")
 SITES = ("k", "v", "mix_in", "mix_out", "ffn_in", "ffn_hidden", "head_in")
@@ -209,8 +210,7 @@ class GooseConfig(PreTrainedConfig):
     """
 
     model_type = "goose"
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer",
-                     "max_position_embeddings": "n_positions"}
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "max_position_embeddings": "n_positions"}
     keys_to_ignore_at_inference = ["state"]
     _auto_class = "AutoConfig"
 
@@ -334,10 +334,9 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self):
-        for name, allowed in (("temperature", ("fixed", "bounded", "paper", "staged")),
-                              ("fdd", ("none", "cka_delta", "logit_lens")), ("curriculum", ("none", "pocl")),
-                              ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
-                              *STUDENT_CHOICES.items()):
+        for name, allowed in {
+                "temperature": TEMPERATURES, "fdd": ("none", "cka_delta", "logit_lens"), "curriculum": ("none", "pocl"),
+                "optimizer": OPTIMIZERS, "schedule": SCHEDULES, **STUDENT_CHOICES}.items():
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
         spike_levels(self.spike_kind)
         check_fields(self, (
@@ -379,12 +378,9 @@ class Recipe:
         return [(name, *edge) for name, edge in edges.items() if edge[1] > edge[0]]
 
     def student_config(self, vocab_size: int, **overrides: Any) -> GooseConfig:
-        """The student's architecture for a teacher with `vocab_size` tokens."""
-        names = ("d_model", "n_layer", "activation", "recurrence", "decay_init", "mix_init", "output_order",
-                 "state_kind", "head_width", "projection_bias", "spike_kind", "spike_sites", "encoder_kind",
-                 "threshold", "granularity", "alpha_init", "amplitude_init", "estimator")
-        values = {"vocab_size": vocab_size, "n_positions": self.seq_len, **{n: getattr(self, n) for n in names}}
-        return GooseConfig(**{**values, **overrides})
+        """The student's architecture for a teacher with `vocab_size` tokens: the fields that GooseConfig has too."""
+        shared = {name: value for name, value in vars(self).items() if name in GooseConfig.__init__.__annotations__}
+        return GooseConfig(**{"vocab_size": vocab_size, "n_positions": self.seq_len, **shared, **overrides})
 
 
 def _history() -> dict[str, Recipe]:
@@ -637,17 +633,15 @@ def environment() -> dict[str, Any]:
     """Hardware and versions that a measurement belongs to."""
     import importlib.metadata
     cpu = cpu_facts().get("model name") or platform.processor()
-    with contextlib.suppress(AttributeError):
-        cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {}
     for package in ("torch", "transformers", "datasets", "accelerate", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     gpus = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
             for i in range(torch.cuda.device_count())]
-    return {"platform": where_am_i(), "cpu": cpu, "cores": cores if "cores" in locals() else os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpus": gpus, "python": platform.python_version(), "versions": versions,
-            "asnn_common": __version__}
+    return {"platform": where_am_i(), "cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "gpus": gpus,
+            "python": platform.python_version(), "versions": versions, "asnn_common": __version__}
 
 
 # ======================================================================================================
@@ -905,8 +899,7 @@ def recurrence_reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
     return torch.stack(out, 1).to(k.dtype), S
 
 
-def recurrence_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
-                    state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def recurrence_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One token, T = 1: what decoding runs."""
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
     S = decay * S + update[:, 0]
@@ -964,8 +957,7 @@ def recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor
     return (gate * states).to(k.dtype), last_token(states)
 
 
-def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
-                      state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The founders' formula, cumsum(kv / (w^t + 1e-8)) * w^t. It is wrong after about 20 tokens, where the 1e-8
     outgrows w^t, and exists only to show that."""
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
@@ -1053,8 +1045,7 @@ def matrix_recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state:
         written, before = both.split((v.shape[-1], N), -1)
     # w^(size - i) for the carry; padding ages no state: the last chunk counts the tokens that are there.
     last = T - (n - 1) * chunk
-    carry = torch.cat(((chunk - steps).expand(n - 1, chunk, 1),
-                       (last - steps).clamp_min(0).unsqueeze(0)))  # (n, C, 1)
+    carry = torch.cat(((chunk - steps).expand(n - 1, chunk, 1), (last - steps).clamp_min(0).unsqueeze(0)))  # (n, C, 1)
     end = write * (carry * log_w).exp()  # (B, H, n, C, N)
     # unbind and not an index in the loop: the gradient of an index is a tensor of zeros as large as the whole.
     parts = [x.unbind(2) for x in (read, attend, written, end)]
@@ -1292,8 +1283,7 @@ class GooseBlock(GradientCheckpointingLayer):
             return _compiled_layer()(self, x, past, self.compiled)
         return self.layer(x, past, mask)
 
-    def layer(self, x: Tensor, past: LayerState | None = None,
-              mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+    def layer(self, x: Tensor, past: LayerState | None = None, mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """What `forward` computes; here it can be compiled."""
         mixed, state = self.time_mix(self.ln_1(x), mask, past)
         x = x + mixed
@@ -1471,8 +1461,7 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
         """Called by `generate` before each forward pass: the tokens the state has not seen yet."""
         state = state if past_key_values is None else past_key_values
         if inputs_embeds is not None and (state is None or input_ids.shape[1] == 0):
-            return {"inputs_embeds": inputs_embeds, "state": state, "attention_mask": attention_mask,
-                    "use_cache": use_cache}
+            return {"inputs_embeds": inputs_embeds, "state": state, "attention_mask": attention_mask, "use_cache": use_cache}
         if state is not None:
             # The mask covers all tokens, those of the state included; input_ids may hold all of them or the new ones.
             total = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
@@ -1482,8 +1471,7 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
                                  "tokens, or the new ones with the attention_mask of all.")
             input_ids = input_ids[:, -new:]
             attention_mask = None if attention_mask is None else attention_mask[:, -new:]
-        return {"input_ids": input_ids, "state": state, "attention_mask": attention_mask,
-                "use_cache": use_cache}
+        return {"input_ids": input_ids, "state": state, "attention_mask": attention_mask, "use_cache": use_cache}
 
     def _update_model_kwargs_for_generation(self, outputs: GooseOutput, model_kwargs: dict[str, Any],
                                             *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -1657,17 +1645,6 @@ def chunked_nll(hidden: Tensor, head: Tensor, labels: Tensor, budget: int | None
     return torch.cat(parts).view(labels.shape)
 
 
-class _ReverseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, strength: float) -> Tensor:
-        ctx.strength = strength
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return -ctx.strength * grad, None
-
-
 class Temperature(nn.Module):
     """Distillation temperature tau.
 
@@ -1682,7 +1659,7 @@ class Temperature(nn.Module):
     def __init__(self, mode: str = "bounded", tau: float = 2.0, tau_min: float = 1.0, tau_max: float = 5.0,
                  gradient_reversal: bool = True, lambda_max: float = 1.0, lambda_warmup_ratio: float = 0.25):
         super().__init__()
-        require(mode in ("fixed", "bounded", "paper", "staged"), "temperature", mode, "fixed, bounded, paper, staged")
+        require(mode in TEMPERATURES, "temperature", mode, ", ".join(TEMPERATURES))
         self.mode, self.reversal = mode, gradient_reversal
         self.lambda_max, self.lambda_warmup_ratio = lambda_max, lambda_warmup_ratio
         self.low, self.high = (1.0, 21.0) if mode == "paper" else (tau_min, tau_max)
@@ -1704,7 +1681,9 @@ class Temperature(nn.Module):
         if self.mode == "staged":
             return torch.tensor(self.STAGES[min(2, int(3 * progress))])
         tau = self.low + (self.high - self.low) * torch.sigmoid(self.logit)
-        return _ReverseGradient.apply(tau, self.strength(progress)) if self.reversal else tau
+        if self.reversal and tau.requires_grad:
+            tau.register_hook(lambda grad: -self.strength(progress) * grad)
+        return tau
 
 
 def unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
@@ -2005,15 +1984,11 @@ def _reference_task() -> Path:
     return Path(folder)
 
 
-def input_roots() -> list[Path]:
-    """Folders in which attached inputs are searched: those of ASNN_INPUTS, and Kaggle's."""
-    given = [Path(p) for p in os.environ.get("ASNN_INPUTS", "").split(os.pathsep) if p]
-    return [p for p in (*given, Path("/kaggle/input")) if p.is_dir()]
-
-
 def attached_folders(depth: int = 7) -> Iterator[Path]:
-    """The folders below the input roots, shallow ones first; inputs appear at changing depths."""
-    level = input_roots()
+    """The folders of ASNN_INPUTS and Kaggle's inputs and those below, shallow ones first; inputs appear at changing
+    depths."""
+    roots = (*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input")
+    level = [Path(root) for root in roots if root and Path(root).is_dir()]
     for _ in range(depth):
         yield from sorted(level)
         level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
@@ -2222,13 +2197,12 @@ def _pydocs(max_chars: int | None) -> Corpus:
 
     full = any(add(f"topics/{name}", topics[name]) for name in sorted(topics))
     if not full:
-        tqdm = import_optional("tqdm").tqdm
         files = []
         for package in PYDOCS_PACKAGES:
             spec = importlib.util.find_spec(package)
             for root in (spec.submodule_search_locations or ()) if spec else ():
                 files += [(f"{package}/{p.relative_to(root).as_posix()}", p) for p in sorted(Path(root).rglob("*.py"))]
-        for label, path in tqdm(files, desc="pydocs: reading docstrings", unit="file", mininterval=1.0):
+        for label, path in progress_bar(files, "pydocs: reading docstrings", "file"):
             if add(label, _docstrings(path.read_text(encoding="utf-8", errors="ignore"))):
                 break
     # Whole files go to one split, in an order that their names decide: validation and test fill up first.
@@ -2293,10 +2267,8 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Any:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        tqdm = import_optional("tqdm").tqdm
         documents = corpus.text("train").split(END_OF_TEXT)
-        bar = tqdm(documents, desc="training the tokenizer", unit="document", mininterval=1.0)
-        bpe.train_from_iterator(bar, trainer)
+        bpe.train_from_iterator(progress_bar(documents, "training the tokenizer", "document"), trainer)
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
                                                     pad_token=END_OF_TEXT, padding_side="left")
         with new_folder(folder) as temporary:
@@ -2313,18 +2285,13 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray]:
     folder = cache_folder() / "tokens" / key
     if not folder.is_dir():
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-        tqdm = import_optional("tqdm").tqdm
         with new_folder(folder) as temporary:
             for split in SPLITS:
-                pieces = _pieces(corpus.text(split))
-                ids = []
-                with tqdm(total=len(pieces), desc=f"tokenising {split}", unit="piece", mininterval=1.0,
-                          disable=len(pieces) < 64) as bar:
-                    for i in range(0, len(pieces), 64):
-                        batch = tokenizer.backend_tokenizer.encode_batch_fast(pieces[i:i + 64],
-                                                                              add_special_tokens=False)
-                        ids += [np.array(item.ids, dtype) for item in batch]
-                        bar.update(len(batch))
+                pieces, ids = _pieces(corpus.text(split)), []
+                batches = [pieces[i:i + 64] for i in range(0, len(pieces), 64)]
+                for batch in progress_bar(batches, f"tokenising {split}", "batch", len(pieces) >= 64):
+                    found = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+                    ids += [np.array(item.ids, dtype) for item in found]
                 np.save(temporary / f"{split}.npy", np.concatenate(ids))
     return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
 
@@ -2381,14 +2348,10 @@ def check_teacher(model: nn.Module, tokenizer: Any, name: str) -> None:
     require(known <= rows <= known + max(1024, known // 10), f"teacher {name}: tokens of its tokenizer", known,
             f"about as many as the {rows} rows of its embedding")
     embedded: list[Tensor] = []
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, out: embedded.append(out.detach().requires_grad_()) or embedded[-1])
-    try:
-        ids = torch.arange(8, device=next(model.parameters()).device).clamp(max=rows - 1).unsqueeze(0)
-        with torch.enable_grad():
-            logits = model(input_ids=ids).logits  # (1, 8, V)
-    finally:
-        handle.remove()
+    ids = torch.arange(8, device=next(model.parameters()).device).clamp(max=rows - 1).unsqueeze(0)
+    with torch.enable_grad(), model.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: embedded.append(out.detach().requires_grad_()) or embedded[-1]):
+        logits = model(input_ids=ids).logits  # (1, 8, V)
     # A mask makes the gradient zero whatever the weights are; outputs alone differ little in a model hardly trained.
     reach = torch.autograd.grad(logits[0, 3, : rows // 2].sum(), embedded[0])[0][0].abs().amax(1)  # (8,)
     require(bool(reach[4:].max() <= 1e-6 * reach[:4].max()), f"teacher {name}", type(model).__name__,
@@ -3053,18 +3016,14 @@ def spike_hooks(student: nn.Module, function: Callable[[str, Tensor], Tensor | N
     chosen = list(modules) if names is None else list(names)
     for name in chosen:
         require(name in modules, "spike site", name, ", ".join(modules) or "none: the student has no spikes")
-    handles = [modules[name].spikes.register_forward_hook(lambda _m, _i, spikes, name=name: function(name, spikes))
-               for name in chosen]
-    compiled = [(block, block.compiled) for block in transformer_blocks(student)]
-    try:
-        for block, _ in compiled:
+    with contextlib.ExitStack() as undo:
+        for name in chosen:
+            undo.enter_context(modules[name].spikes.register_forward_hook(
+                lambda _m, _i, spikes, name=name: function(name, spikes)))
+        for block in transformer_blocks(student):
+            undo.callback(setattr, block, "compiled", block.compiled)
             block.compiled = ""  # a compiled step runs no hooks
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block, structure in compiled:
-            block.compiled = structure
 
 
 @torch.no_grad()
@@ -3232,12 +3191,10 @@ def calibrate_encoders(student: nn.Module, input_ids: Tensor) -> int:
     ones before it pass on. Returns how many there are."""
     encoders = [m for m in student.modules() if isinstance(m, SpikeEncoder) and m.kind != "dense"
                 or isinstance(m, TernarySpike) and m.kind != "dense" and m.threshold == "mixed_fixed"]
-    handles = [m.register_forward_pre_hook(lambda module, args: module.calibrate(args[0])) for m in encoders]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for encoder in encoders:
+            hooks.enter_context(encoder.register_forward_pre_hook(lambda module, args: module.calibrate(args[0])))
         student.base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return len(encoders)
 
 
@@ -3910,7 +3867,8 @@ class MutualInformationEstimator:
             for f in (0, 1):
                 rows, part = onehot[fold == f], values[fold == f]
                 cells = torch.stack([rows.t() @ (part == k).float() for k in range(K)], -1)  # (P R, C', K)
-                halves.append(miller_madow(cells.view(x.shape[1], self.bins, -1, K).permute(2, 0, 1, 3).double().numpy()))
+                table = cells.view(x.shape[1], self.bins, -1, K).permute(2, 0, 1, 3)  # (C', P, R, K)
+                halves.append(miller_madow(table.double().numpy()))
             found = np.array(halves)  # (2, plain and corrected, C', P)
             best = found[::-1, 0].argmax(-1)  # (2, C') the component that the other half chooses
             return np.take_along_axis(found, best[:, None, :, None], -1)[..., 0].mean(0)
@@ -4053,7 +4011,8 @@ class RepresentationAnalyzer:
         sums = {key: [] for key in ("heat", "raw", "control", "biased", "null")}
         size = max(set(map(len, batches)), key=[len(rows) for rows in batches].count)
         alike = [number for number, rows in enumerate(batches) if len(rows) == size]
-        states_of = {t: {b: self._kernel(hidden[layers[t]](batches[b])) for b in alike} for t in mapped.unique().tolist()}
+        states_of = {t: {b: self._kernel(hidden[layers[t]](batches[b])) for b in alike}
+                     for t in mapped.unique().tolist()}
         # By whole windows first, where a minibatch holds several; then by any number of tokens.
         length = int(torch.bincount(record.window[batches[alike[0]]]).max())
         lags = np.random.default_rng(self.seed).integers(1, size, self.shifts + 2)
@@ -4175,10 +4134,10 @@ class ValidationResult:
     def summary(self) -> dict[str, Any]:
         """The verdict, the metrics that failed, and means over sites."""
         mean = lambda key: float(np.mean([row[key] for row in self.sites.values()]))  # noqa: E731
-        gate = self.gate
+        gate, more = self.gate, ("entropy", "CKA biased", "correlation", "participation ratio")
         return {"verdict": gate["verdict"], "failed": [n for n, entry in gate["metrics"].items() if not entry["pass"]],
-                **{key: mean(key) for key in (*SITE_METRICS, "entropy", "CKA biased", "correlation", "participation ratio")},
-                "tokens": self.meta["tokens"], "sites": len(self.sites)}
+                **{key: mean(key) for key in (*SITE_METRICS, *more)}, "tokens": self.meta["tokens"],
+                "sites": len(self.sites)}
 
     def table(self) -> list[dict[str, str]]:
         """One row for each site, values with 95 % intervals and nulls."""
@@ -4219,8 +4178,7 @@ class SpikingBrainValidator:
     def __init__(self, device: torch.device | str = "cpu", layer_map: dict[int, int] | None = None,
                  max_tokens: int = 20_480, max_channels: int = 256, ksg: bool = False, seed: int = 42,
                  information: MutualInformationEstimator | None = None, cka: RepresentationAnalyzer | None = None):
-        for name, value in (("max_tokens", max_tokens), ("max_channels", max_channels)):
-            require(isinstance(value, int) and value >= 1, name, value, "a whole number from 1")
+        check_numbers(locals(), {"max_tokens": "int", "max_channels": "int"})
         self.device, self.layer_map, self.max_tokens, self.max_channels = device, layer_map, max_tokens, max_channels
         self.ksg, self.seed = ksg, seed
         self.health = SpikeHealthChecker()
@@ -4228,7 +4186,7 @@ class SpikingBrainValidator:
         self.cka = cka or RepresentationAnalyzer(seed=seed)
 
     def layer_of(self, names: Iterable[str], n_student: int, n_teacher: int) -> dict[str, int]:
-        """The teacher layer for each site; `head_in` belongs to the last. Raises ValueError for layers there are not."""
+        """The teacher layer of each site; `head_in` belongs to the last. Raises ValueError for layers there are not."""
         mapping = dict(enumerate(span_ends(n_student, n_teacher))) if self.layer_map is None else dict(self.layer_map)
         for s, t in mapping.items():
             require(0 <= s < n_student and 0 <= t < n_teacher, "layer_map", (s, t),
@@ -4432,13 +4390,13 @@ def intervene(student: GooseForCausalLM, loader: Iterable[Any], interventions: I
 class Remediation:
     """What a remedy does; each part can be switched off.
 
-    `threshold`: the spikes' threshold becomes this one (None: stays). With `mixed_fixed`, the founders' mixture of token
-    and channel with a channel statistic that is fixed at inference, that statistic is calibrated so that each channel
-    fires as often as before, or at the end of `rate_band` that it was beyond. `recentre`: biases move the median of
-    each channel of keys and values to zero. `unlock`: biases move channels of which less than `minority` of the spikes
-    have the rarer sign, just so far that this share has. `rate_weight`: pulls the firing rate of each channel into
-    `rate_band`. `align_weight`: pulls keys and values to ternary teacher targets. Learning rates are those of the
-    recipe given to `remediate`, times `lr_scale`.
+    `threshold`: the spikes' threshold becomes this one (None: stays). With `mixed_fixed`, the founders' mixture of
+    token and channel with a channel statistic that is fixed at inference, that statistic is calibrated so that each
+    channel fires as often as before, or at the end of `rate_band` that it was beyond. `recentre`: biases move the
+    median of each channel of keys and values to zero. `unlock`: biases move channels of which less than `minority` of
+    the spikes have the rarer sign, just so far that this share has. `rate_weight`: pulls the firing rate of each
+    channel into `rate_band`. `align_weight`: pulls keys and values to ternary teacher targets. Learning rates are those
+    of the recipe given to `remediate`, times `lr_scale`.
     """
 
     threshold: str | None = "mixed_fixed"
