@@ -217,10 +217,9 @@ class GooseConfig(PreTrainedConfig):
     def __init__(self, vocab_size: int = 50257, d_model: int = 768, n_layer: int = 5, n_positions: int = 1024,
                  ffn_width: int | None = None, activation: str = "silu", layer_norm_epsilon: float = 1e-5,
                  initializer_range: float = 0.02, state_kind: str = "vector", head_width: int = 64,
-                 projection_bias: bool = False, recurrence: str = "chunked",
-                 decay_init: str = "spread", mix_init: str = "spread", output_order: str = "gate_first",
-                 spike_kind: str = "ternary", spike_sites: tuple[str, ...] = ("k", "v"),
-                 encoder_kind: str = "ternary", threshold: str = "token",
+                 projection_bias: bool = False, recurrence: str = "chunked", decay_init: str = "spread",
+                 mix_init: str = "spread", output_order: str = "gate_first", spike_kind: str = "ternary",
+                 spike_sites: tuple[str, ...] = ("k", "v"), encoder_kind: str = "ternary", threshold: str = "token",
                  granularity: str = "scalar", alpha_init: float = 1.0, amplitude_init: float = 1.0,
                  estimator: str = "clipped", use_cache: bool = True, tie_word_embeddings: bool = True,
                  bos_token_id: int | None = None, eos_token_id: int | None = None, pad_token_id: int | None = None,
@@ -247,8 +246,8 @@ class GooseConfig(PreTrainedConfig):
         values.update(ffn_width=ffn_width or 4 * d_model)
         for name, value in values.items():
             setattr(self, name, value)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id,
-                         eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
+                         pad_token_id=pad_token_id, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -413,8 +412,7 @@ def _history() -> dict[str, Recipe]:
                       published_ppl=1000.0, temperature="bounded", gradient_reversal=False, tau_min=0.1, tau_max=10.0,
                       inferred=v10.inferred + ("tau_min", "tau_max"))
     v12_1 = v10.replace(name="v12.1", changed="CTKD with gradient reversal, tau in [1, 5], warm-up 0.2",
-                        outcome="tau 2.0 -> 1.58", published_ppl=445.61, temperature="bounded",
-                        lambda_warmup_ratio=0.2)
+                        outcome="tau 2.0 -> 1.58", published_ppl=445.61, temperature="bounded", lambda_warmup_ratio=0.2)
     v13 = v12_1.replace(name="v13", changed="POCL curriculum: easy 33 % first, tau 1.0 -> 1.5 -> 2.0",
                         outcome="catastrophic forgetting", published_ppl=1126.0, curriculum="pocl",
                         temperature="staged")
@@ -545,8 +543,7 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (
             recipe=(("d_model", 64), ("n_layer", 2), ("head_width", 32), ("distill_steps", 30), ("batch_size", 8),
                     ("grad_accum", 1), ("seq_len", 64), ("eval_every", 10), ("fdd_start", 10), ("patience", 30),
                     ("embeddings_from_teacher", True))),
-    Profile("cpu", "minutes; the default without a GPU", lr_scale=5.0,
-            recipe=(*_SMALL, ("distill_steps", 300))),
+    Profile("cpu", "minutes; the default without a GPU", lr_scale=5.0, recipe=(*_SMALL, ("distill_steps", 300))),
     Profile("ref", "the reference task: a frozen teacher and corpus in the folder that ASNN_REF names",
             corpus="ref", teacher="ref", lr_scale=5.0, recipe=_SMALL),
     Profile("t4", "the published size; one 16 GB GPU", corpus="wikitext-2", teacher="gpt2", vocab_size=50257,
@@ -1122,15 +1119,11 @@ class TimeMix(nn.Module):
         for name in self.INPUTS:
             setattr(self, f"mix_{name}", nn.Parameter(torch.empty(D)))
         self.decay_logit = nn.Parameter(torch.empty(D))
-        self.key = nn.Linear(D, D, bias=bias)
-        self.value = nn.Linear(D, D, bias=bias)
-        self.receptance = nn.Linear(D, D, bias=bias)
-        self.output = nn.Linear(D, D, bias=bias)
+        self.key, self.value, self.receptance, self.output = (nn.Linear(D, D, bias=bias) for _ in range(4))
         self.output.into_residual = True
-        spike = {name: getattr(config, name) for name in ("threshold", "granularity", "alpha_init", "amplitude_init",
-                                                          "estimator")}
-        self.spike_k = TernarySpike(D, config.spike_kind, **spike)
-        self.spike_v = TernarySpike(D, config.spike_kind, **spike)
+        spike = (D, config.spike_kind, config.threshold, config.granularity, config.alpha_init, config.amplitude_init,
+                 config.estimator)
+        self.spike_k, self.spike_v = TernarySpike(*spike), TernarySpike(*spike)
         self.mix_in = nn.ModuleDict({name: spike_encoder(config, "mix_in", D) for name in self.INPUTS})
         self.mix_out = spike_encoder(config, "mix_out", D)
 
@@ -1165,8 +1158,7 @@ class TimeMix(nn.Module):
         out, S = self.remember(inputs, k, v, past.S if past else None)
         return out, LayerState(S, last_token(x), k_statistics, v_statistics)
 
-    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
-                 S: Tensor | None) -> tuple[Tensor, Tensor]:
+    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T, D) to the state, reads it and projects: (B, T, D) and the last state (B, D)."""
         r = torch.sigmoid(self.receptance(inputs["r"]))
         w = torch.sigmoid(self.decay_logit.float())
@@ -1208,8 +1200,7 @@ class MatrixTimeMix(TimeMix):
             values["decay_logit"] = torch.linspace(0.5, 6.0, D // self.heads).repeat(self.heads)
         return values
 
-    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
-                 S: Tensor | None) -> tuple[Tensor, Tensor]:
+    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T, D) to the state, reads it and projects: (B, T, D) and the last state (B, H, N, N)."""
         B, T, D = k.shape
         r, gate = self.receptance(inputs["r"]), F.silu(self.gate(inputs["g"]))
@@ -1461,7 +1452,8 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
         """Called by `generate` before each forward pass: the tokens the state has not seen yet."""
         state = state if past_key_values is None else past_key_values
         if inputs_embeds is not None and (state is None or input_ids.shape[1] == 0):
-            return {"inputs_embeds": inputs_embeds, "state": state, "attention_mask": attention_mask, "use_cache": use_cache}
+            return {"inputs_embeds": inputs_embeds, "state": state, "attention_mask": attention_mask,
+                    "use_cache": use_cache}
         if state is not None:
             # The mask covers all tokens, those of the state included; input_ids may hold all of them or the new ones.
             total = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
