@@ -42,7 +42,6 @@ Papers
     [13] Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon
     [14] Barber, Agakov 2003, The IM Algorithm: A Variational Approach to Information Maximization, NIPS
     [15] Paninski 2003, Estimation of Entropy and Mutual Information (Miller-Madow), Neural Computation 15
-    [16] Ross 2014, Mutual Information between Discrete and Continuous Data Sets, PLoS ONE 9
     [17] Horowitz 2014, Computing's Energy Problem (45 nm), ISSCC
 """
 from __future__ import annotations
@@ -162,7 +161,7 @@ def import_optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(name.split(".")[0], name.split(".")[0])
+        package = name.split(".")[0]
         raise ImportError(f"{package} is needed here and is not installed: pip install {package}.") from error
 
 
@@ -3884,16 +3883,6 @@ class MutualInformationEstimator:
                                            for column in part.T]))
         return mean(s), mean(other)
 
-    def ksg(self, features: Tensor, spikes: Tensor, components: int = 4, channels: int = 8,
-            tokens: int = 4000) -> float:
-        """Nearest-neighbour estimate of scikit-learn [16], bits per channel: the best of the first components, mean
-        over a few channels. Its choice of the best is not held out; the bias is of order 0.01 bit at 4,000 tokens."""
-        estimate = import_optional("sklearn.feature_selection").mutual_info_classif
-        rows, columns = evenly_spaced(len(spikes), tokens), evenly_spaced(spikes.shape[1], channels)
-        x = features[rows, :components].cpu().numpy()
-        best = [estimate(x, spikes[rows, c].cpu().numpy(), random_state=self.seed).max() for c in columns]
-        return float(np.mean(best) / math.log(2))
-
     def next_token(self, hidden: Tensor, embedded: Tensor, spikes: Tensor, next_token: Tensor, window: Tensor,
                    levels: int = 1, channels: int = 32) -> dict[str, Any]:
         """What spikes tell of the token to come, bits per channel, by the same probe on embedded (n, p), components of
@@ -4168,12 +4157,11 @@ class SpikingBrainValidator:
     """
 
     def __init__(self, device: torch.device | str = "cpu", layer_map: dict[int, int] | None = None,
-                 max_tokens: int = 20_480, max_channels: int = 256, ksg: bool = False, seed: int = 42,
+                 max_tokens: int = 20_480, max_channels: int = 256, seed: int = 42,
                  information: MutualInformationEstimator | None = None, cka: RepresentationAnalyzer | None = None):
         check_numbers(locals(), {"max_tokens": "int", "max_channels": "int"})
         self.device, self.layer_map, self.max_tokens, self.max_channels = device, layer_map, max_tokens, max_channels
-        self.ksg, self.seed = ksg, seed
-        self.health = SpikeHealthChecker()
+        self.seed, self.health = seed, SpikeHealthChecker()
         self.information = information or MutualInformationEstimator(seed=seed)
         self.cka = cka or RepresentationAnalyzer(seed=seed)
 
@@ -4240,8 +4228,6 @@ class SpikingBrainValidator:
                 "teacher layer": found["teacher layer"],
                 **{f"CKA {key}": found[key] for key in ("interval", "p", "control", "raw", "biased", "biased shuffled",
                                                         "biased noise", "minibatches", "n")}}
-            if self.ksg:
-                sites[name]["KSG"] = self.information.ksg(x, some)
         facts = {"version": "v15", "asnn_common": __version__, "tokens": len(record.window),
                  "windows": len(record.window.unique()), "seed": self.seed, "layer_of": layer_of,
                  "heat_layers": cka["layers"], "heat_sites": cka["names"], **(meta or {})}
