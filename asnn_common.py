@@ -1314,18 +1314,11 @@ class GoosePreTrainedModel(PreTrainedModel):
                 nn.init.constant_(module.bias, getattr(module, "initial_bias", 0.0))
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, TernarySpike):
-            nn.init.constant_(module.alpha, module.alpha_init)
-            nn.init.constant_(module.amplitude, module.amplitude_init)
-            if module.threshold == "mixed_fixed":
-                nn.init.ones_(module.channel_mean)
-        elif isinstance(module, SpikeEncoder):
-            nn.init.zeros_(module.centre)
-            nn.init.ones_(module.alpha)
-            nn.init.ones_(module.amplitude)
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, TernarySpike, SpikeEncoder)):
+            start = {"bias": 0.0, "centre": 0.0, "alpha": getattr(module, "alpha_init", 1.0),
+                     "amplitude": getattr(module, "amplitude_init", 1.0)}
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                nn.init.constant_(tensor, start.get(name, 1.0))
         elif isinstance(module, TimeMix):
             for name, value in module.initial().items():
                 parameter = getattr(module, name)
@@ -3040,29 +3033,26 @@ def operations(student: GooseForCausalLM, density: dict[str, float] | None = Non
     sites = ("mix_in.k", "mix_in.v", "mix_in.r", "mix_in.g", "k", "v", "mix_out", "ffn_in", "ffn_hidden")
     reject_unknown(density, ["head_in", *(f"{layer}.{site}" for layer in range(c.n_layer) for site in sites)], "density")
 
-    def add(layer: int | None, product: str, site: str | None, macs: int, fed: bool) -> None:
-        share = density.get(f"{layer}.{site}" if layer is not None else site, 1.0) if fed else 1.0
-        adds = round(macs * share) if fed else 0
-        rows.append({"layer": "-" if layer is None else layer, "product": product, "site": site or "-", "MACs": macs,
-                     "density": share, "adds": adds, "skipped": macs - adds if fed else 0, "state updates": 0})
+    spiking, state = c.spike_kind != "dense", D * c.head_width if matrix else D
 
-    spiking = c.spike_kind != "dense"
+    def add(layer: int | str, product: str, site: str, macs: int) -> None:
+        fed = spiking and site.split(".")[0] in c.spike_sites
+        share = density.get(site if layer == "-" else f"{layer}.{site}", 1.0) if fed else 1.0
+        adds = round(macs * share) if fed else 0
+        rows.append({"layer": layer, "product": product, "site": site, "MACs": macs, "density": share, "adds": adds,
+                     "skipped": macs - adds if fed else 0, "state updates": 0})
+
+    products = [*((f"W_{name}", f"mix_in.{name}", D * D) for name in ("kvrg" if matrix else "kvr")),
+                *([("W_b", "mix_in.k", D * heads)] if delta else []), ("W_o", "mix_out", D * D),
+                ("W_1", "ffn_in", D * width), ("W_2", "ffn_hidden", D * width),
+                *([("k S", "k", state)] if delta else []), *([("r S", "-", state)] if matrix else [])]
     for layer in range(c.n_layer):
-        for name, linear in (("k", "W_k"), ("v", "W_v"), ("r", "W_r"), *((("g", "W_g"),) if matrix else ())):
-            add(layer, linear, f"mix_in.{name}", D * D, spiking and "mix_in" in c.spike_sites)
-        if delta:
-            add(layer, "W_b", "mix_in.k", D * heads, spiking and "mix_in" in c.spike_sites)
-        for product, site, macs in (("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * width), ("W_2", "ffn_hidden", D * width)):
-            add(layer, product, site, macs, spiking and site in c.spike_sites)
-        if delta:
-            add(layer, "k S", "k", D * c.head_width, spiking)
-        if matrix:
-            add(layer, "r S", None, D * c.head_width, False)
-        state = D * c.head_width if matrix else D
+        for product in products:
+            add(layer, *product)
         share = density.get(f"{layer}.k", 1.0) if spiking else 1.0
         rows.append({"layer": layer, "product": "state", "site": "k", "MACs": 0, "density": share, "skipped": 0,
                      "adds": round(state * share) if spiking else 0, "state updates": state if spiking else 2 * state})
-    add(None, "head", "head_in", D * c.vocab_size, spiking and "head_in" in c.spike_sites)
+    add("-", "head", "head_in", D * c.vocab_size)
     return rows
 
 
@@ -3135,40 +3125,36 @@ def transfer_weights(student: GooseForCausalLM, teacher: nn.Module, layers: Iter
     layers = tuple(span_ends(student.config.n_layer, len(base.h)) if layers is None else layers)
     require(len(layers) == student.config.n_layer and all(0 <= t < len(base.h) for t in layers), "transfer_layers",
             layers, f"{student.config.n_layer} layers, each from 0 to {len(base.h) - 1}")
-    sources: dict[str, tuple[str, Tensor]] = {"embeddings.weight": ("wte.weight", base.wte.weight),
-                                              "ln_f.weight": ("ln_f.weight", base.ln_f.weight),
-                                              "ln_f.bias": ("ln_f.bias", base.ln_f.bias)}
+    theirs = dict(base.named_parameters())
+    targets = {name.removeprefix("goose."): p for name, p in student.named_parameters()}
     rows = min(len(base.wpe.weight), student.config.n_positions)
-    sources["positions.weight"] = (f"wpe.weight[:{rows}]", base.wpe.weight[:rows])
-    for i, t in enumerate(layers):
-        block, ours, theirs = base.h[t], f"blocks.{i}.", f"h.{t}."
-        width = block.attn.c_attn.weight.shape[0]
-        for kind in ("weight", "bias"):
-            get = lambda m, kind=kind: getattr(m, kind).t()  # noqa: E731  GPT-2 keeps weights as (in, out)
-            for ln in ("ln_1", "ln_2"):
-                sources[f"{ours}{ln}.{kind}"] = (f"{theirs}{ln}.{kind}", getattr(getattr(block, ln), kind))
-            for name, part in zip(("receptance", "key", "value"), get(block.attn.c_attn).split(width)):
-                sources[f"{ours}time_mix.{name}.{kind}"] = (f"{theirs}attn.c_attn.{kind}, {name[0]}", part)
-            factor = output_scale if kind == "weight" else 1.0
-            label = f"{theirs}attn.c_proj.{kind}" + (f" * {factor:g}" if factor != 1 else "")
-            sources[f"{ours}time_mix.output.{kind}"] = (label, get(block.attn.c_proj) * factor)
-            sources[f"{ours}ffn.up.{kind}"] = (f"{theirs}mlp.c_fc.{kind}", get(block.mlp.c_fc))
-            sources[f"{ours}ffn.down.{kind}"] = (f"{theirs}mlp.c_proj.{kind}", get(block.mlp.c_proj))
-    sources["lm_head.weight"] = ("lm_head.weight", teacher.get_output_embeddings().weight)
-    table, targets = [], {n.removeprefix("goose."): p for n, p in student.named_parameters()}
-    if "lm_head.weight" not in targets:
-        del sources["lm_head.weight"]  # tied
-    for name, target in targets.items():
-        label, source = sources.get(name, ("-", None))
-        part = target[:rows] if name == "positions.weight" else target
-        if source is not None and source.shape != part.shape:
+    sources: dict[str, tuple[str, Tensor]] = {"positions.weight": (f"wpe.weight[:{rows}]", base.wpe.weight[:rows])}
+    for ours, name in (("embeddings.weight", "wte.weight"), ("ln_f.weight", "ln_f.weight"), ("ln_f.bias", "ln_f.bias")):
+        sources[ours] = (name, theirs[name])
+    for (i, t), kind in itertools.product(enumerate(layers), ("weight", "bias")):
+        label = f"h.{t}.attn.c_attn.{kind}"
+        for name, part in zip(("receptance", "key", "value"), theirs[label].t().chunk(3)):
+            sources[f"blocks.{i}.time_mix.{name}.{kind}"] = (f"{label}, {name[0]}", part)
+        for ours, name in (("ln_1", "ln_1"), ("ln_2", "ln_2"), ("time_mix.output", "attn.c_proj"),
+                           ("ffn.up", "mlp.c_fc"), ("ffn.down", "mlp.c_proj")):
+            label = f"h.{t}.{name}.{kind}"
+            source = theirs[label].t()  # GPT-2 keeps weights as (in, out)
+            if name == "attn.c_proj" and kind == "weight" and output_scale != 1:
+                label, source = f"{label} * {output_scale:g}", source * output_scale
+            sources[f"blocks.{i}.{ours}.{kind}"] = (label, source)
+    if "lm_head.weight" in targets:  # else tied
+        sources["lm_head.weight"] = ("lm_head.weight", teacher.get_output_embeddings().weight)
+    table, parts = [], {**targets, "positions.weight": targets["positions.weight"][:rows]}
+    for name, part in parts.items():
+        label, source = sources.get(name, ("-", part))
+        if source.shape != part.shape:
             raise ValueError(f"{label} of the teacher has shape {tuple(source.shape)} and {name} of the student "
                              f"{tuple(part.shape)}; choose a student of the teacher's width or "
                              "weights_from_teacher=False.")
     for name, target in targets.items():
         label, source = sources.get(name, ("-", None))
         if source is not None:
-            (target[:rows] if name == "positions.weight" else target).copy_(source)
+            parts[name].copy_(source)
         table.append({"student": name, "teacher": label, "shape": str(tuple(target.shape)),
                       "transferred": "yes" if source is not None else "no, starts fresh"})
     table += [{"student": "-", "teacher": label, "shape": str(tuple(source.shape)), "transferred": "no, no such parameter"}
@@ -3718,10 +3704,9 @@ class MutualInformationEstimator:
 
     def blocks(self, window: Tensor) -> Tensor:
         """(n,) the fold of each token: contiguous blocks of windows, so that one text stays on one side."""
-        order = window.unique().tolist()
+        order, place = window.unique(return_inverse=True)
         require(len(order) >= self.folds, "windows", len(order), f"at least the {self.folds} folds")
-        fold = {w: i * self.folds // len(order) for i, w in enumerate(order)}
-        return torch.tensor([fold[w] for w in window.tolist()])
+        return place * self.folds // len(order)
 
     @staticmethod
     def _least_shift(window: Tensor) -> int:
