@@ -1514,7 +1514,7 @@ class _ChunkedDistillation(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.detach().to(dtype)
             teacher_weight = None if teacher_head is None else teacher_head.detach().to(dtype)
-            grad_hidden = torch.empty(n, D, device=hidden.device) if needs else None
+            grad_hidden = torch.zeros(n, D, device=hidden.device) if needs else None
             grad_head = torch.zeros(V, D, device=hidden.device) if needs else None
             kd, ce, grad_tau = (torch.zeros((), device=hidden.device) for _ in range(3))
             valid = 0 if labels is None else max(1, int((labels >= 0).sum()))
@@ -1553,10 +1553,7 @@ class _ChunkedDistillation(torch.autograd.Function):
                         dz.scatter_add_(1, target.clamp_min(0).unsqueeze(1), -torch.ones_like(dz[:, :1]))
                         dz.mul_((keep.float() * (ce_weight / valid * lift)).unsqueeze(1))
                         gradient = dz if gradient is None else gradient.add_(dz)
-                if needs:
-                    if gradient is None:
-                        grad_hidden[part] = 0
-                        continue
+                if gradient is not None:
                     gradient = gradient.mul_(n).to(dtype)  # of order one inside the half-precision products
                     grad_hidden[part] = (gradient @ weight).float().div_(n * lift)
                     grad_head.add_((gradient.t() @ h).float(), alpha=1 / (n * lift))
@@ -2967,8 +2964,7 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
 
 def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, float]:
     """(gap, standard error): student PPL / teacher PPL on the same windows; the error is of the paired difference."""
-    counts = (student.tokens, teacher.tokens)
-    require(student.tokens == teacher.tokens, "tokens of student and teacher", counts, "equal")
+    require(student.tokens == teacher.tokens, "tokens of student and teacher", (student.tokens, teacher.tokens), "equal")
     gap = student.ppl / teacher.ppl
     difference = student.window_nll - teacher.window_nll
     return gap, gap * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
@@ -3537,8 +3533,10 @@ class SpikeRecord(NamedTuple):
 
     def each(self, function: Callable[..., Tensor], *others: SpikeRecord) -> SpikeRecord:
         """function(tensor, those of the other records at its place) in the place of every tensor."""
-        of = lambda *items: ({k: function(*(item[k] for item in items)) for k in items[0]}  # noqa: E731
-                             if isinstance(items[0], dict) else function(*items))
+        def of(*items: Any) -> Any:
+            if isinstance(items[0], dict):
+                return {key: function(*(item[key] for item in items)) for key in items[0]}
+            return function(*items)
         return SpikeRecord(*map(of, *(record[:-2] for record in (self, *others))), self.levels, self.binary)
 
     def select(self, keep: Tensor) -> SpikeRecord:
