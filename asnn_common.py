@@ -44,7 +44,6 @@ Papers
     [13] Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks, kellerjordan.github.io/posts/muon
     [14] Barber, Agakov 2003, The IM Algorithm: A Variational Approach to Information Maximization, NIPS
     [15] Paninski 2003, Estimation of Entropy and Mutual Information (Miller-Madow), Neural Computation 15
-    [16] Ross 2014, Mutual Information between Discrete and Continuous Data Sets, PLoS ONE 9
     [17] Horowitz 2014, Computing's Energy Problem (45 nm), ISSCC
 """
 from __future__ import annotations
@@ -101,6 +100,7 @@ GRANULARITIES = ("scalar", "channel")
 STATES = ("vector", "matrix", "delta")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear")
+TEMPERATURES = ("fixed", "bounded", "paper", "staged")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 TRACKERS = ("tensorboard", "trackio")
 SITES = ("k", "v", "mix_in", "mix_out", "ffn_in", "ffn_hidden", "head_in")
@@ -199,8 +199,14 @@ def import_optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(name.split(".")[0], name.split(".")[0])
+        package = name.split(".")[0]
         raise ImportError(f"{package} is needed here and is not installed: pip install {package}.") from error
+
+
+def progress_bar(items: Iterable[Any] | None = None, description: str | None = None, unit: str = "it",
+                 show: bool = True, total: int | None = None) -> Any:
+    """tqdm's bar over items, or up to `total`, drawn at most once a second."""
+    return import_optional("tqdm").tqdm(items, description, total, unit=unit, mininterval=1.0, disable=not show)
 
 
 def spike_levels(kind: str) -> int:
@@ -247,18 +253,16 @@ class GooseConfig(PreTrainedConfig):
     """
 
     model_type = "goose"
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer",
-                     "max_position_embeddings": "n_positions"}
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "max_position_embeddings": "n_positions"}
     keys_to_ignore_at_inference = ["state"]
     _auto_class = "AutoConfig"
 
     def __init__(self, vocab_size: int = 50257, d_model: int = 768, n_layer: int = 5, n_positions: int = 1024,
                  ffn_width: int | None = None, activation: str = "silu", layer_norm_epsilon: float = 1e-5,
                  initializer_range: float = 0.02, state_kind: str = "vector", head_width: int = 64,
-                 projection_bias: bool = False, recurrence: str = "chunked",
-                 decay_init: str = "spread", mix_init: str = "spread", output_order: str = "gate_first",
-                 spike_kind: str = "ternary", spike_sites: tuple[str, ...] = ("k", "v"),
-                 encoder_kind: str = "ternary", threshold: str = "token",
+                 projection_bias: bool = False, recurrence: str = "chunked", decay_init: str = "spread",
+                 mix_init: str = "spread", output_order: str = "gate_first", spike_kind: str = "ternary",
+                 spike_sites: tuple[str, ...] = ("k", "v"), encoder_kind: str = "ternary", threshold: str = "token",
                  granularity: str = "scalar", alpha_init: float = 1.0, amplitude_init: float = 1.0,
                  estimator: str = "clipped", use_cache: bool = True, tie_word_embeddings: bool = True,
                  bos_token_id: int | None = None, eos_token_id: int | None = None, pad_token_id: int | None = None,
@@ -285,8 +289,8 @@ class GooseConfig(PreTrainedConfig):
         values.update(ffn_width=ffn_width or 4 * d_model)
         for name, value in values.items():
             setattr(self, name, value)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id,
-                         eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id, eos_token_id=eos_token_id,
+                         pad_token_id=pad_token_id, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -374,10 +378,9 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self):
-        for name, allowed in (("temperature", ("fixed", "bounded", "paper", "staged")),
-                              ("fdd", ("none", "cka_delta", "logit_lens")), ("curriculum", ("none", "pocl")),
-                              ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES),
-                              *STUDENT_CHOICES.items()):
+        for name, allowed in {
+                "temperature": TEMPERATURES, "fdd": ("none", "cka_delta", "logit_lens"), "curriculum": ("none", "pocl"),
+                "optimizer": OPTIMIZERS, "schedule": SCHEDULES, **STUDENT_CHOICES}.items():
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
         spike_levels(self.spike_kind)
         check_fields(self, (
@@ -421,12 +424,9 @@ class Recipe:
         return [(name, *edge) for name, edge in edges.items() if edge[1] > edge[0]]
 
     def student_config(self, vocab_size: int, **overrides: Any) -> GooseConfig:
-        """The student's architecture for a teacher with `vocab_size` tokens."""
-        names = ("d_model", "n_layer", "activation", "recurrence", "decay_init", "mix_init", "output_order",
-                 "state_kind", "head_width", "projection_bias", "spike_kind", "spike_sites", "encoder_kind",
-                 "threshold", "granularity", "alpha_init", "amplitude_init", "estimator")
-        values = {"vocab_size": vocab_size, "n_positions": self.seq_len, **{n: getattr(self, n) for n in names}}
-        return GooseConfig(**{**values, **overrides})
+        """The student's architecture for a teacher with `vocab_size` tokens: the fields that GooseConfig has too."""
+        shared = {name: value for name, value in vars(self).items() if name in GooseConfig.__init__.__annotations__}
+        return GooseConfig(**{"vocab_size": vocab_size, "n_positions": self.seq_len, **shared, **overrides})
 
 
 def _history() -> dict[str, Recipe]:
@@ -459,8 +459,7 @@ def _history() -> dict[str, Recipe]:
                       published_ppl=1000.0, temperature="bounded", gradient_reversal=False, tau_min=0.1, tau_max=10.0,
                       inferred=v10.inferred + ("tau_min", "tau_max"))
     v12_1 = v10.replace(name="v12.1", changed="CTKD with gradient reversal, tau in [1, 5], warm-up 0.2",
-                        outcome="tau 2.0 -> 1.58", published_ppl=445.61, temperature="bounded",
-                        lambda_warmup_ratio=0.2)
+                        outcome="tau 2.0 -> 1.58", published_ppl=445.61, temperature="bounded", lambda_warmup_ratio=0.2)
     v13 = v12_1.replace(name="v13", changed="POCL curriculum: easy 33 % first, tau 1.0 -> 1.5 -> 2.0",
                         outcome="catastrophic forgetting", published_ppl=1126.0, curriculum="pocl",
                         temperature="staged")
@@ -596,8 +595,7 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (
             recipe=(("d_model", 64), ("n_layer", 2), ("head_width", 32), ("distill_steps", 30), ("batch_size", 8),
                     ("grad_accum", 1), ("seq_len", 64), ("eval_every", 10), ("fdd_start", 10), ("patience", 30),
                     ("embeddings_from_teacher", True))),
-    Profile("cpu", "minutes; the default without a GPU", lr_scale=5.0,
-            recipe=(*_SMALL, ("distill_steps", 300))),
+    Profile("cpu", "minutes; the default without a GPU", lr_scale=5.0, recipe=(*_SMALL, ("distill_steps", 300))),
     Profile("ref", "the reference task: a frozen teacher and corpus in the folder that ASNN_REF names",
             corpus="ref", teacher="ref", lr_scale=5.0, recipe=_SMALL),
     Profile("t4", "the published size; one 16 GB GPU", corpus="wikitext-2", teacher="gpt2", vocab_size=50257,
@@ -684,17 +682,15 @@ def environment() -> dict[str, Any]:
     """Hardware and versions that a measurement belongs to."""
     import importlib.metadata
     cpu = cpu_facts().get("model name") or platform.processor()
-    with contextlib.suppress(AttributeError):
-        cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {}
     for package in ("torch", "transformers", "datasets", "accelerate", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     gpus = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
             for i in range(torch.cuda.device_count())]
-    return {"platform": where_am_i(), "cpu": cpu, "cores": cores if "cores" in locals() else os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpus": gpus, "python": platform.python_version(), "versions": versions,
-            "asnn_common": __version__}
+    return {"platform": where_am_i(), "cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), "gpus": gpus,
+            "python": platform.python_version(), "versions": versions, "asnn_common": __version__}
 
 
 # ======================================================================================================
@@ -952,8 +948,7 @@ def recurrence_reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
     return torch.stack(out, 1).to(k.dtype), S
 
 
-def recurrence_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
-                    state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def recurrence_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One token, T = 1: what decoding runs."""
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
     S = decay * S + update[:, 0]
@@ -1011,8 +1006,7 @@ def recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor
     return (gate * states).to(k.dtype), last_token(states)
 
 
-def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor,
-                      state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def recurrence_cumsum(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The founders' formula, cumsum(kv / (w^t + 1e-8)) * w^t. It is wrong after about 20 tokens, where the 1e-8
     outgrows w^t, and exists only to show that."""
     gate, update, decay, S = _recurrence_inputs(r, k, v, w, state)
@@ -1100,8 +1094,7 @@ def matrix_recurrence_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, state:
         written, before = both.split((v.shape[-1], N), -1)
     # w^(size - i) for the carry; padding ages no state: the last chunk counts the tokens that are there.
     last = T - (n - 1) * chunk
-    carry = torch.cat(((chunk - steps).expand(n - 1, chunk, 1),
-                       (last - steps).clamp_min(0).unsqueeze(0)))  # (n, C, 1)
+    carry = torch.cat(((chunk - steps).expand(n - 1, chunk, 1), (last - steps).clamp_min(0).unsqueeze(0)))  # (n, C, 1)
     end = write * (carry * log_w).exp()  # (B, H, n, C, N)
     # unbind and not an index in the loop: the gradient of an index is a tensor of zeros as large as the whole.
     parts = [x.unbind(2) for x in (read, attend, written, end)]
@@ -1178,15 +1171,11 @@ class TimeMix(nn.Module):
         for name in self.INPUTS:
             setattr(self, f"mix_{name}", nn.Parameter(torch.empty(D)))
         self.decay_logit = nn.Parameter(torch.empty(D))
-        self.key = nn.Linear(D, D, bias=bias)
-        self.value = nn.Linear(D, D, bias=bias)
-        self.receptance = nn.Linear(D, D, bias=bias)
-        self.output = nn.Linear(D, D, bias=bias)
+        self.key, self.value, self.receptance, self.output = (nn.Linear(D, D, bias=bias) for _ in range(4))
         self.output.into_residual = True
-        spike = {name: getattr(config, name) for name in ("threshold", "granularity", "alpha_init", "amplitude_init",
-                                                          "estimator")}
-        self.spike_k = TernarySpike(D, config.spike_kind, **spike)
-        self.spike_v = TernarySpike(D, config.spike_kind, **spike)
+        spike = (D, config.spike_kind, config.threshold, config.granularity, config.alpha_init, config.amplitude_init,
+                 config.estimator)
+        self.spike_k, self.spike_v = TernarySpike(*spike), TernarySpike(*spike)
         self.mix_in = nn.ModuleDict({name: spike_encoder(config, "mix_in", D) for name in self.INPUTS})
         self.mix_out = spike_encoder(config, "mix_out", D)
 
@@ -1221,8 +1210,7 @@ class TimeMix(nn.Module):
         out, S = self.remember(inputs, k, v, past.S if past else None)
         return out, LayerState(S, last_token(x), k_statistics, v_statistics)
 
-    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
-                 S: Tensor | None) -> tuple[Tensor, Tensor]:
+    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T, D) to the state, reads it and projects: (B, T, D) and the last state (B, D)."""
         r = torch.sigmoid(self.receptance(inputs["r"]))
         w = torch.sigmoid(self.decay_logit.float())
@@ -1264,8 +1252,7 @@ class MatrixTimeMix(TimeMix):
             values["decay_logit"] = torch.linspace(0.5, 6.0, D // self.heads).repeat(self.heads)
         return values
 
-    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor,
-                 S: Tensor | None) -> tuple[Tensor, Tensor]:
+    def remember(self, inputs: dict[str, Tensor], k: Tensor, v: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T, D) to the state, reads it and projects: (B, T, D) and the last state (B, H, N, N)."""
         B, T, D = k.shape
         r, gate = self.receptance(inputs["r"]), F.silu(self.gate(inputs["g"]))
@@ -1339,8 +1326,7 @@ class GooseBlock(GradientCheckpointingLayer):
             return _compiled_layer()(self, x, past, self.compiled)
         return self.layer(x, past, mask)
 
-    def layer(self, x: Tensor, past: LayerState | None = None,
-              mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
+    def layer(self, x: Tensor, past: LayerState | None = None, mask: Tensor | None = None) -> tuple[Tensor, LayerState]:
         """What `forward` computes; here it can be compiled."""
         mixed, state = self.time_mix(self.ln_1(x), mask, past)
         x = x + mixed
@@ -1381,18 +1367,11 @@ class GoosePreTrainedModel(PreTrainedModel):
                 nn.init.constant_(module.bias, getattr(module, "initial_bias", 0.0))
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, TernarySpike):
-            nn.init.constant_(module.alpha, module.alpha_init)
-            nn.init.constant_(module.amplitude, module.amplitude_init)
-            if module.threshold == "mixed_fixed":
-                nn.init.ones_(module.channel_mean)
-        elif isinstance(module, SpikeEncoder):
-            nn.init.zeros_(module.centre)
-            nn.init.ones_(module.alpha)
-            nn.init.ones_(module.amplitude)
+        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, TernarySpike, SpikeEncoder)):
+            start = {"bias": 0.0, "centre": 0.0, "alpha": getattr(module, "alpha_init", 1.0),
+                     "amplitude": getattr(module, "amplitude_init", 1.0)}
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                nn.init.constant_(tensor, start.get(name, 1.0))
         elif isinstance(module, TimeMix):
             for name, value in module.initial().items():
                 parameter = getattr(module, name)
@@ -1529,8 +1508,7 @@ class GooseForCausalLM(GoosePreTrainedModel, GenerationMixin):
                                  "tokens, or the new ones with the attention_mask of all.")
             input_ids = input_ids[:, -new:]
             attention_mask = None if attention_mask is None else attention_mask[:, -new:]
-        return {"input_ids": input_ids, "state": state, "attention_mask": attention_mask,
-                "use_cache": use_cache}
+        return {"input_ids": input_ids, "state": state, "attention_mask": attention_mask, "use_cache": use_cache}
 
     def _update_model_kwargs_for_generation(self, outputs: GooseOutput, model_kwargs: dict[str, Any],
                                             *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -1589,7 +1567,7 @@ class _ChunkedDistillation(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.detach().to(dtype)
             teacher_weight = None if teacher_head is None else teacher_head.detach().to(dtype)
-            grad_hidden = torch.empty(n, D, device=hidden.device) if needs else None
+            grad_hidden = torch.zeros(n, D, device=hidden.device) if needs else None
             grad_head = torch.zeros(V, D, device=hidden.device) if needs else None
             kd, ce, grad_tau = (torch.zeros((), device=hidden.device) for _ in range(3))
             valid = 0 if labels is None else max(1, int((labels >= 0).sum()))
@@ -1628,10 +1606,7 @@ class _ChunkedDistillation(torch.autograd.Function):
                         dz.scatter_add_(1, target.clamp_min(0).unsqueeze(1), -torch.ones_like(dz[:, :1]))
                         dz.mul_((keep.float() * (ce_weight / valid * lift)).unsqueeze(1))
                         gradient = dz if gradient is None else gradient.add_(dz)
-                if needs:
-                    if gradient is None:
-                        grad_hidden[part] = 0
-                        continue
+                if gradient is not None:
                     gradient = gradient.mul_(n).to(dtype)  # of order one inside the half-precision products
                     grad_hidden[part] = (gradient @ weight).float().div_(n * lift)
                     grad_head.add_((gradient.t() @ h).float(), alpha=1 / (n * lift))
@@ -1704,17 +1679,6 @@ def chunked_nll(hidden: Tensor, head: Tensor, labels: Tensor, budget: int | None
     return torch.cat(parts).view(labels.shape)
 
 
-class _ReverseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, strength: float) -> Tensor:
-        ctx.strength = strength
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return -ctx.strength * grad, None
-
-
 class Temperature(nn.Module):
     """Distillation temperature tau.
 
@@ -1729,7 +1693,7 @@ class Temperature(nn.Module):
     def __init__(self, mode: str = "bounded", tau: float = 2.0, tau_min: float = 1.0, tau_max: float = 5.0,
                  gradient_reversal: bool = True, lambda_max: float = 1.0, lambda_warmup_ratio: float = 0.25):
         super().__init__()
-        require(mode in ("fixed", "bounded", "paper", "staged"), "temperature", mode, "fixed, bounded, paper, staged")
+        require(mode in TEMPERATURES, "temperature", mode, ", ".join(TEMPERATURES))
         self.mode, self.reversal = mode, gradient_reversal
         self.lambda_max, self.lambda_warmup_ratio = lambda_max, lambda_warmup_ratio
         self.low, self.high = (1.0, 21.0) if mode == "paper" else (tau_min, tau_max)
@@ -1751,7 +1715,9 @@ class Temperature(nn.Module):
         if self.mode == "staged":
             return torch.tensor(self.STAGES[min(2, int(3 * progress))])
         tau = self.low + (self.high - self.low) * torch.sigmoid(self.logit)
-        return _ReverseGradient.apply(tau, self.strength(progress)) if self.reversal else tau
+        if self.reversal and tau.requires_grad:
+            tau.register_hook(lambda grad: -self.strength(progress) * grad)
+        return tau
 
 
 def unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
@@ -1814,19 +1780,27 @@ def capture_blocks(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int
     captured: dict[int, tuple[Tensor, Tensor]] = {}
     blocks = transformer_blocks(model)
 
-    def hook(layer):
-        def keep(_module, args, kwargs, output):
-            captured[layer] = (args[0] if args else kwargs["hidden_states"],
-                               output[0] if isinstance(output, tuple) else output)
-        return keep
+    def keep(layer, _module, args, kwargs, output):
+        captured[layer] = (args[0] if args else kwargs["hidden_states"],
+                           output[0] if isinstance(output, tuple) else output)
 
-    chosen = {layer: blocks[layer] for layer in layers}
-    handles = [block.register_forward_hook(hook(layer), with_kwargs=True) for layer, block in chosen.items()]
-    try:
+    with contextlib.ExitStack() as hooks:  # removed whatever is raised
+        for layer in layers:
+            hooks.enter_context(blocks[layer].register_forward_hook(functools.partial(keep, layer), with_kwargs=True))
         yield captured
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Puts models into eval mode for a block, and each back into its own mode after it, whatever is raised."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for model, mode in zip(models, modes):
+            model.train(mode)
 
 
 def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
@@ -1855,18 +1829,14 @@ def spike_hooks(student: nn.Module, function: Callable[[str, Tensor], Tensor | N
     chosen = list(modules) if names is None else list(names)
     for name in chosen:
         require(name in modules, "spike site", name, ", ".join(modules) or "none: the student has no spikes")
-    handles = [modules[name].spikes.register_forward_hook(lambda _m, _i, spikes, name=name: function(name, spikes))
-               for name in chosen]
-    compiled = [(block, block.compiled) for block in transformer_blocks(student)]
-    try:
-        for block, _ in compiled:
+    with contextlib.ExitStack() as undo:
+        for name in chosen:
+            undo.enter_context(modules[name].spikes.register_forward_hook(
+                lambda _m, _i, spikes, name=name: function(name, spikes)))
+        for block in transformer_blocks(student):
+            undo.callback(setattr, block, "compiled", block.compiled)
             block.compiled = ""  # a compiled step runs no hooks
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block, structure in compiled:
-            block.compiled = structure
 
 
 @contextlib.contextmanager
@@ -1875,25 +1845,23 @@ def firing_rates(student: nn.Module) -> Iterator[list[Tensor]]:
     threshold of width theta / 4."""
     rates: list[Tensor] = []
     fired: dict[str, Tensor] = {}
-    handles = []
-    for name, module in spike_modules(student).items():
-        def keep(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
-            x = args[0]  # (..., C)
-            if isinstance(module, SpikeEncoder):
-                x = x - module.centre
-                theta = module.alpha.float().abs() * x.float().abs().mean(-1, keepdim=True).detach()
-            else:
-                theta = module.theta(x)[0]
-            x = x.float() if module.kind == "binary" else x.float().abs()
-            soft = torch.sigmoid((x / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
-            rates.append((fired[name] != 0).float().flatten(0, -2).mean(0) + soft - soft.detach())
-        handles.append(module.register_forward_hook(keep))
-    try:
-        with spike_hooks(student, lambda name, spikes: fired.__setitem__(name, spikes.detach())):
-            yield rates
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        x = args[0]  # (..., C)
+        if isinstance(module, SpikeEncoder):
+            x = x - module.centre
+            theta = module.alpha.float().abs() * x.float().abs().mean(-1, keepdim=True).detach()
+        else:
+            theta = module.theta(x)[0]
+        x = x.float() if module.kind == "binary" else x.float().abs()
+        soft = torch.sigmoid((x / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
+        rates.append((fired[name] != 0).float().flatten(0, -2).mean(0) + soft - soft.detach())
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in spike_modules(student).items():
+            hooks.enter_context(module.register_forward_hook(functools.partial(keep, name)))
+        hooks.enter_context(spike_hooks(student, lambda name, spikes: fired.__setitem__(name, spikes.detach())))
+        yield rates
 
 
 def rate_penalty(rates: Iterable[Tensor], band: tuple[float, float]) -> Tensor:
@@ -2132,15 +2100,11 @@ def _reference_task() -> Path:
     return Path(folder)
 
 
-def input_roots() -> list[Path]:
-    """Folders in which attached inputs are searched: those of ASNN_INPUTS, and Kaggle's."""
-    given = [Path(p) for p in os.environ.get("ASNN_INPUTS", "").split(os.pathsep) if p]
-    return [p for p in (*given, Path("/kaggle/input")) if p.is_dir()]
-
-
 def attached_folders(depth: int = 7) -> Iterator[Path]:
-    """The folders below the input roots, shallow ones first; inputs appear at changing depths."""
-    level = input_roots()
+    """The folders of ASNN_INPUTS and Kaggle's inputs and those below, shallow ones first; inputs appear at changing
+    depths."""
+    roots = (*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input")
+    level = [Path(root) for root in roots if root and Path(root).is_dir()]
     for _ in range(depth):
         yield from sorted(level)
         level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
@@ -2357,13 +2321,12 @@ def _pydocs(max_chars: int | None) -> Corpus:
 
     full = any(add(f"topics/{name}", topics[name]) for name in sorted(topics))
     if not full:
-        tqdm = import_optional("tqdm").tqdm
         files = []
         for package in PYDOCS_PACKAGES:
             spec = importlib.util.find_spec(package)
             for root in (spec.submodule_search_locations or ()) if spec else ():
                 files += [(f"{package}/{p.relative_to(root).as_posix()}", p) for p in sorted(Path(root).rglob("*.py"))]
-        for label, path in tqdm(files, desc="pydocs: reading docstrings", unit="file", mininterval=1.0):
+        for label, path in progress_bar(files, "pydocs: reading docstrings", "file"):
             if add(label, _docstrings(path.read_text(encoding="utf-8", errors="ignore"))):
                 break
     # Whole files go to one split, in an order that their names decide: validation and test fill up first.
@@ -2428,10 +2391,8 @@ def train_tokenizer(corpus: Corpus, vocab_size: int) -> Any:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        tqdm = import_optional("tqdm").tqdm
         documents = corpus.text("train").split(END_OF_TEXT)
-        bar = tqdm(documents, desc="training the tokenizer", unit="document", mininterval=1.0)
-        bpe.train_from_iterator(bar, trainer)
+        bpe.train_from_iterator(progress_bar(documents, "training the tokenizer", "document"), trainer)
         made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
                                                     pad_token=END_OF_TEXT, padding_side="left")
         with new_folder(folder) as temporary:
@@ -2448,18 +2409,13 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Any) -> dict[str, np.ndarray]:
     folder = cache_folder() / "tokens" / key
     if not folder.is_dir():
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-        tqdm = import_optional("tqdm").tqdm
         with new_folder(folder) as temporary:
             for split in SPLITS:
-                pieces = _pieces(corpus.text(split))
-                ids = []
-                with tqdm(total=len(pieces), desc=f"tokenising {split}", unit="piece", mininterval=1.0,
-                          disable=len(pieces) < 64) as bar:
-                    for i in range(0, len(pieces), 64):
-                        batch = tokenizer.backend_tokenizer.encode_batch_fast(pieces[i:i + 64],
-                                                                              add_special_tokens=False)
-                        ids += [np.array(item.ids, dtype) for item in batch]
-                        bar.update(len(batch))
+                pieces, ids = _pieces(corpus.text(split)), []
+                batches = [pieces[i:i + 64] for i in range(0, len(pieces), 64)]
+                for batch in progress_bar(batches, f"tokenising {split}", "batch", len(pieces) >= 64):
+                    found = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+                    ids += [np.array(item.ids, dtype) for item in found]
                 np.save(temporary / f"{split}.npy", np.concatenate(ids))
     return {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in SPLITS}
 
@@ -2516,14 +2472,10 @@ def check_teacher(model: nn.Module, tokenizer: Any, name: str) -> None:
     require(known <= rows <= known + max(1024, known // 10), f"teacher {name}: tokens of its tokenizer", known,
             f"about as many as the {rows} rows of its embedding")
     embedded: list[Tensor] = []
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, out: embedded.append(out.detach().requires_grad_()) or embedded[-1])
-    try:
-        ids = torch.arange(8, device=next(model.parameters()).device).clamp(max=rows - 1).unsqueeze(0)
-        with torch.enable_grad():
-            logits = model(input_ids=ids).logits  # (1, 8, V)
-    finally:
-        handle.remove()
+    ids = torch.arange(8, device=next(model.parameters()).device).clamp(max=rows - 1).unsqueeze(0)
+    with torch.enable_grad(), model.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: embedded.append(out.detach().requires_grad_()) or embedded[-1]):
+        logits = model(input_ids=ids).logits  # (1, 8, V)
     # A mask makes the gradient zero whatever the weights are; outputs alone differ little in a model hardly trained.
     reach = torch.autograd.grad(logits[0, 3, : rows // 2].sum(), embedded[0])[0][0].abs().amax(1)  # (8,)
     require(bool(reach[4:].max() <= 1e-6 * reach[:4].max()), f"teacher {name}", type(model).__name__,
@@ -3313,8 +3265,7 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
 
 def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, float]:
     """(gap, standard error): student PPL / teacher PPL on the same windows; the error is of the paired difference."""
-    counts = (student.tokens, teacher.tokens)
-    require(student.tokens == teacher.tokens, "tokens of student and teacher", counts, "equal")
+    require(student.tokens == teacher.tokens, "tokens of student and teacher", (student.tokens, teacher.tokens), "equal")
     gap = student.ppl / teacher.ppl
     difference = student.window_nll - teacher.window_nll
     return gap, gap * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
@@ -3324,12 +3275,9 @@ def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, flo
 def spike_density(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
     """{"layer.site": share of non-zero spikes} over the tokens of input_ids (B, T)."""
     density: dict[str, float] = {}
-    training = student.training
-    try:
-        with spike_hooks(student, lambda name, spikes: density.update({name: float((spikes != 0).float().mean())})):
-            student.eval().base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
-    finally:
-        student.train(training)
+    keep = lambda name, spikes: density.update({name: float((spikes != 0).float().mean())})  # noqa: E731
+    with evaluating(student), spike_hooks(student, keep):
+        student.base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
     return density
 
 
@@ -3346,29 +3294,26 @@ def operations(student: GooseForCausalLM, density: dict[str, float] | None = Non
     sites = ("mix_in.k", "mix_in.v", "mix_in.r", "mix_in.g", "k", "v", "mix_out", "ffn_in", "ffn_hidden")
     reject_unknown(density, ["head_in", *(f"{layer}.{site}" for layer in range(c.n_layer) for site in sites)], "density")
 
-    def add(layer: int | None, product: str, site: str | None, macs: int, fed: bool) -> None:
-        share = density.get(f"{layer}.{site}" if layer is not None else site, 1.0) if fed else 1.0
-        adds = round(macs * share) if fed else 0
-        rows.append({"layer": "-" if layer is None else layer, "product": product, "site": site or "-", "MACs": macs,
-                     "density": share, "adds": adds, "skipped": macs - adds if fed else 0, "state updates": 0})
+    spiking, state = c.spike_kind != "dense", D * c.head_width if matrix else D
 
-    spiking = c.spike_kind != "dense"
+    def add(layer: int | str, product: str, site: str, macs: int) -> None:
+        fed = spiking and site.split(".")[0] in c.spike_sites
+        share = density.get(site if layer == "-" else f"{layer}.{site}", 1.0) if fed else 1.0
+        adds = round(macs * share) if fed else 0
+        rows.append({"layer": layer, "product": product, "site": site, "MACs": macs, "density": share, "adds": adds,
+                     "skipped": macs - adds if fed else 0, "state updates": 0})
+
+    products = [*((f"W_{name}", f"mix_in.{name}", D * D) for name in ("kvrg" if matrix else "kvr")),
+                *([("W_b", "mix_in.k", D * heads)] if delta else []), ("W_o", "mix_out", D * D),
+                ("W_1", "ffn_in", D * width), ("W_2", "ffn_hidden", D * width),
+                *([("k S", "k", state)] if delta else []), *([("r S", "-", state)] if matrix else [])]
     for layer in range(c.n_layer):
-        for name, linear in (("k", "W_k"), ("v", "W_v"), ("r", "W_r"), *((("g", "W_g"),) if matrix else ())):
-            add(layer, linear, f"mix_in.{name}", D * D, spiking and "mix_in" in c.spike_sites)
-        if delta:
-            add(layer, "W_b", "mix_in.k", D * heads, spiking and "mix_in" in c.spike_sites)
-        for product, site, macs in (("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * width), ("W_2", "ffn_hidden", D * width)):
-            add(layer, product, site, macs, spiking and site in c.spike_sites)
-        if delta:
-            add(layer, "k S", "k", D * c.head_width, spiking)
-        if matrix:
-            add(layer, "r S", None, D * c.head_width, False)
-        state = D * c.head_width if matrix else D
+        for product in products:
+            add(layer, *product)
         share = density.get(f"{layer}.k", 1.0) if spiking else 1.0
         rows.append({"layer": layer, "product": "state", "site": "k", "MACs": 0, "density": share, "skipped": 0,
                      "adds": round(state * share) if spiking else 0, "state updates": state if spiking else 2 * state})
-    add(None, "head", "head_in", D * c.vocab_size, spiking and "head_in" in c.spike_sites)
+    add("-", "head", "head_in", D * c.vocab_size)
     return rows
 
 
@@ -3441,40 +3386,36 @@ def transfer_weights(student: GooseForCausalLM, teacher: nn.Module, layers: Iter
     layers = tuple(span_ends(student.config.n_layer, len(base.h)) if layers is None else layers)
     require(len(layers) == student.config.n_layer and all(0 <= t < len(base.h) for t in layers), "transfer_layers",
             layers, f"{student.config.n_layer} layers, each from 0 to {len(base.h) - 1}")
-    sources: dict[str, tuple[str, Tensor]] = {"embeddings.weight": ("wte.weight", base.wte.weight),
-                                              "ln_f.weight": ("ln_f.weight", base.ln_f.weight),
-                                              "ln_f.bias": ("ln_f.bias", base.ln_f.bias)}
+    theirs = dict(base.named_parameters())
+    targets = {name.removeprefix("goose."): p for name, p in student.named_parameters()}
     rows = min(len(base.wpe.weight), student.config.n_positions)
-    sources["positions.weight"] = (f"wpe.weight[:{rows}]", base.wpe.weight[:rows])
-    for i, t in enumerate(layers):
-        block, ours, theirs = base.h[t], f"blocks.{i}.", f"h.{t}."
-        width = block.attn.c_attn.weight.shape[0]
-        for kind in ("weight", "bias"):
-            get = lambda m, kind=kind: getattr(m, kind).t()  # noqa: E731  GPT-2 keeps weights as (in, out)
-            for ln in ("ln_1", "ln_2"):
-                sources[f"{ours}{ln}.{kind}"] = (f"{theirs}{ln}.{kind}", getattr(getattr(block, ln), kind))
-            for name, part in zip(("receptance", "key", "value"), get(block.attn.c_attn).split(width)):
-                sources[f"{ours}time_mix.{name}.{kind}"] = (f"{theirs}attn.c_attn.{kind}, {name[0]}", part)
-            factor = output_scale if kind == "weight" else 1.0
-            label = f"{theirs}attn.c_proj.{kind}" + (f" * {factor:g}" if factor != 1 else "")
-            sources[f"{ours}time_mix.output.{kind}"] = (label, get(block.attn.c_proj) * factor)
-            sources[f"{ours}ffn.up.{kind}"] = (f"{theirs}mlp.c_fc.{kind}", get(block.mlp.c_fc))
-            sources[f"{ours}ffn.down.{kind}"] = (f"{theirs}mlp.c_proj.{kind}", get(block.mlp.c_proj))
-    sources["lm_head.weight"] = ("lm_head.weight", teacher.get_output_embeddings().weight)
-    table, targets = [], {n.removeprefix("goose."): p for n, p in student.named_parameters()}
-    if "lm_head.weight" not in targets:
-        del sources["lm_head.weight"]  # tied
-    for name, target in targets.items():
-        label, source = sources.get(name, ("-", None))
-        part = target[:rows] if name == "positions.weight" else target
-        if source is not None and source.shape != part.shape:
+    sources: dict[str, tuple[str, Tensor]] = {"positions.weight": (f"wpe.weight[:{rows}]", base.wpe.weight[:rows])}
+    for ours, name in (("embeddings.weight", "wte.weight"), ("ln_f.weight", "ln_f.weight"), ("ln_f.bias", "ln_f.bias")):
+        sources[ours] = (name, theirs[name])
+    for (i, t), kind in itertools.product(enumerate(layers), ("weight", "bias")):
+        label = f"h.{t}.attn.c_attn.{kind}"
+        for name, part in zip(("receptance", "key", "value"), theirs[label].t().chunk(3)):
+            sources[f"blocks.{i}.time_mix.{name}.{kind}"] = (f"{label}, {name[0]}", part)
+        for ours, name in (("ln_1", "ln_1"), ("ln_2", "ln_2"), ("time_mix.output", "attn.c_proj"),
+                           ("ffn.up", "mlp.c_fc"), ("ffn.down", "mlp.c_proj")):
+            label = f"h.{t}.{name}.{kind}"
+            source = theirs[label].t()  # GPT-2 keeps weights as (in, out)
+            if name == "attn.c_proj" and kind == "weight" and output_scale != 1:
+                label, source = f"{label} * {output_scale:g}", source * output_scale
+            sources[f"blocks.{i}.{ours}.{kind}"] = (label, source)
+    if "lm_head.weight" in targets:  # else tied
+        sources["lm_head.weight"] = ("lm_head.weight", teacher.get_output_embeddings().weight)
+    table, parts = [], {**targets, "positions.weight": targets["positions.weight"][:rows]}
+    for name, part in parts.items():
+        label, source = sources.get(name, ("-", part))
+        if source.shape != part.shape:
             raise ValueError(f"{label} of the teacher has shape {tuple(source.shape)} and {name} of the student "
                              f"{tuple(part.shape)}; choose a student of the teacher's width or "
                              "weights_from_teacher=False.")
     for name, target in targets.items():
         label, source = sources.get(name, ("-", None))
         if source is not None:
-            (target[:rows] if name == "positions.weight" else target).copy_(source)
+            parts[name].copy_(source)
         table.append({"student": name, "teacher": label, "shape": str(tuple(target.shape)),
                       "transferred": "yes" if source is not None else "no, starts fresh"})
     table += [{"student": "-", "teacher": label, "shape": str(tuple(source.shape)), "transferred": "no, no such parameter"}
@@ -3488,12 +3429,10 @@ def calibrate_encoders(student: nn.Module, input_ids: Tensor) -> int:
     ones before it pass on. Returns how many there are."""
     encoders = [m for m in student.modules() if isinstance(m, SpikeEncoder) and m.kind != "dense"
                 or isinstance(m, TernarySpike) and m.kind != "dense" and m.threshold == "mixed_fixed"]
-    handles = [m.register_forward_pre_hook(lambda module, args: module.calibrate(args[0])) for m in encoders]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for encoder in encoders:
+            hooks.enter_context(encoder.register_forward_pre_hook(lambda module, args: module.calibrate(args[0])))
         student.base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return len(encoders)
 
 
@@ -3825,7 +3764,7 @@ def evenly_spaced(n: int, count: int) -> np.ndarray:
     return np.linspace(0, n - 1, min(n, count)).astype(int)
 
 
-class SpikeCapture:
+class SpikeCapture(contextlib.ExitStack):
     """The spikes of a student while a block runs, in train or eval mode, at every site or those in `names`:
 
         with SpikeCapture(student, max_tokens) as capture:
@@ -3837,9 +3776,9 @@ class SpikeCapture:
 
     def __init__(self, student: nn.Module, max_tokens: int = 32_768, names: Iterable[str] | None = None):
         require(max_tokens >= 1, "max_tokens", max_tokens, "a whole number from 1")
+        super().__init__()
         self.student, self.max_tokens, self.names = student, max_tokens, names
         self._parts: dict[str, list[Tensor]] = {}
-        self._hooks = contextlib.ExitStack()
 
     def _keep(self, name: str, spikes: Tensor) -> None:
         parts = self._parts.setdefault(name, [])
@@ -3850,11 +3789,8 @@ class SpikeCapture:
             parts.append((kept.float() if dense else kept.to(torch.int8)).cpu())
 
     def __enter__(self) -> SpikeCapture:
-        self._hooks.enter_context(spike_hooks(self.student, self._keep, self.names))
+        self.enter_context(spike_hooks(self.student, self._keep, self.names))
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.close()
 
     def spikes(self) -> dict[str, Tensor]:
         """{"layer.site": (n, C)} of what was kept, in the order in which it fired."""
@@ -3873,14 +3809,21 @@ class SpikeRecord(NamedTuple):
     levels: dict[str, int]  # {"layer.site": events a unit can fire at most}
     binary: tuple[str, ...] = ()  # sites whose spikes have no sign
 
+    def each(self, function: Callable[..., Tensor], *others: SpikeRecord) -> SpikeRecord:
+        """function(tensor, those of the other records at its place) in the place of every tensor."""
+        def of(*items: Any) -> Any:
+            if isinstance(items[0], dict):
+                return {key: function(*(item[key] for item in items)) for key in items[0]}
+            return function(*items)
+        return SpikeRecord(*map(of, *(record[:-2] for record in (self, *others))), self.levels, self.binary)
+
     def select(self, keep: Tensor) -> SpikeRecord:
-        """The tokens where keep (n,) is True."""
-        pick = lambda item: {k: v[keep] for k, v in item.items()} if isinstance(item, dict) else item[keep]  # noqa: E731
-        return SpikeRecord(*(pick(item) for item in self[:-2]), self.levels, self.binary)
+        """The tokens where keep (n,) is True, or those of its indices."""
+        return self.each(lambda x: x[keep])
 
 
 def batch_of(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """(input_ids (B, T), attention_mask or None) of what a loader yields: ids, a dict, or a tuple with the ids first."""
+    """(input_ids (B, T), attention_mask or None) of what a loader yields: ids, a dict, or a tuple, the ids first."""
     if isinstance(batch, Tensor):
         return batch, None
     if hasattr(batch, "keys"):
@@ -3907,19 +3850,17 @@ def record_spikes(student: GooseForCausalLM, teacher: nn.Module, loader: Iterabl
     Raises ValueError for a dense twin, which has no spikes, and for a loader without a batch.
     """
     require(student.config.spike_kind != "dense", "spike_kind", "dense", "a student with spikes")
-    layers, modes = range(len(transformer_blocks(teacher))), (student.training, teacher.training)
+    layers, sites = range(len(transformer_blocks(teacher))), spike_modules(student)
+    levels = {name: module.levels for name, module in sites.items()}
+    binary = tuple(name for name, module in sites.items() if module.kind == "binary")
     untrained, parts, windows, tokens = None, [], 0, 0
-    bar = import_optional("tqdm").tqdm(total=max_tokens, desc="recording spikes", unit="token", mininterval=1.0,
-                                       disable=not progress)
-    try:
-        student.eval()
-        teacher.eval()
-        for number, batch in enumerate(loader):
-            if tokens >= max_tokens or max_batches is not None and number >= max_batches:
+    with evaluating(student, teacher), progress_bar(None, "recording spikes", "token", progress, max_tokens) as bar:
+        for ids, mask in map(batch_of, itertools.islice(loader, max_batches)):
+            if tokens >= max_tokens:
                 break
-            ids, mask = batch_of(batch)
             B, T = ids.shape
             real = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.bool().cpu()
+            place = real.long().cumsum(1) - 1
             if control and untrained is None:
                 untrained = untrained_copy(student, ids, seed)
             found = []
@@ -3931,28 +3872,18 @@ def record_spikes(student: GooseForCausalLM, teacher: nn.Module, loader: Iterabl
             where = next(teacher.parameters()).device
             with capture_blocks(teacher, layers) as blocks:
                 extra = {} if mask is None else {  # GPT-2 counts positions from the start of the row, pads included
-                    "attention_mask": mask.to(where), "position_ids": (mask.to(where).cumsum(1) - 1).clamp_min(0)}
+                    "attention_mask": mask.to(where), "position_ids": place.clamp_min(0).to(where)}
                 teacher.base_model(ids.to(where), use_cache=False, **extra)
             following = torch.full((B, T), -1)
             following[:, :-1] = torch.where(real[:, 1:], ids[:, 1:].cpu(), -1)
-            index = torch.arange(windows, windows + B).unsqueeze(1).expand(B, T)
-            place = real.long().cumsum(1) - 1
-            keep = real.flatten()
-            part = SpikeRecord(found[0], {t: blocks[t][1].flatten(0, 1).float().cpu() for t in layers}, index.flatten(),
-                               place.flatten(), following.flatten(), found[1] if control else {}, {}).select(keep)
-            parts.append(part.select(torch.arange(len(part.window)) < max_tokens - tokens))
+            whole = SpikeRecord(found[0], {t: blocks[t][1].flatten(0, 1).float().cpu() for t in layers},
+                                torch.arange(windows, windows + B).repeat_interleave(T), place.flatten(),
+                                following.flatten(), found[1] if control else {}, levels, binary)
+            parts.append(whole.select(real.flatten().nonzero()[:max_tokens - tokens, 0]))
             windows, tokens = windows + B, tokens + len(parts[-1].window)
             bar.update(len(parts[-1].window))
-    finally:
-        bar.close()
-        student.train(modes[0])
-        teacher.train(modes[1])
     require(bool(parts), "loader", "empty", "at least one batch")
-    join = lambda items: ({k: torch.cat([i[k] for i in items]) for k in items[0]}  # noqa: E731
-                          if isinstance(items[0], dict) else torch.cat(items))
-    levels = {name: module.levels for name, module in spike_modules(student).items()}
-    binary = tuple(name for name, module in spike_modules(student).items() if module.kind == "binary")
-    return SpikeRecord(*(join(items) for items in list(zip(*parts))[:-2]), levels, binary)
+    return parts[0].each(lambda *found: torch.cat(found), *parts[1:])
 
 
 def entropy_bits(counts: np.ndarray) -> np.ndarray:
@@ -3970,12 +3901,13 @@ class SpikeHealthChecker:
               binary: bool = False) -> dict[str, Any]:
         """spikes (n, C) int8, window and position (n,) -> measures of the site.
 
-        Saturated are channels that always fire and, for kinds with two signs, those that only ever show one: `sign-locked`
-        counts the second sort alone. Shares of channels and the rate of each channel, as if its tokens were independent,
-        have Wilson intervals; the site's firing rate has one by bootstrap over windows, for tokens are not. `entropy` is in bits per channel, `entropy share` relative to
-        log2(2 levels + 1), 1.585 for ternary; `participation ratio` is (tr Cov)^2 / tr Cov^2, the number of channels
-        that an equally rich code of independent ones would have, `correlation` the mean |r| of pairs of channels.
-        Arrays: rate (C,), rate interval (C, 2), entropies (C,), by position (T,).
+        Saturated are channels that always fire and, for kinds with two signs, those that only ever show one:
+        `sign-locked` counts the second sort alone. Shares of channels and the rate of each channel, as if its tokens
+        were independent, have Wilson intervals; the site's firing rate has one by bootstrap over windows, for tokens
+        are not. `entropy` is in bits per channel, `entropy share` relative to log2(2 levels + 1), 1.585 for ternary;
+        `participation ratio` is (tr Cov)^2 / tr Cov^2, the number of channels that an equally rich code of independent
+        ones would have, `correlation` the mean |r| of pairs of channels. Arrays: rate (C,), rate interval (C, 2),
+        entropies (C,), by position (T,).
         """
         n, C = spikes.shape
         counts = np.stack([(spikes == value).sum(0).numpy() for value in range(-levels, levels + 1)], -1)  # (C, K)
@@ -3983,14 +3915,14 @@ class SpikeHealthChecker:
         locked = (fired >= LOCKED_EVENTS) & ((positive == 0) | (positive == fired))
         fires = (spikes != 0).float()
         rates = fires.mean(1)
-        length = int(position.max()) + 1
-        at = torch.zeros(length).index_add_(0, position, rates)
+        at_position = torch.zeros(int(position.max()) + 1).index_add_(0, position, rates)
         entropies = entropy_bits(counts)
+        entropy, most = float(entropies.mean()), math.log2(2 if binary else 2 * levels + 1)
         chosen = spikes[:, ::-(-C // self.MAX_CORRELATED)].float()
         covariance = torch.cov(chosen.t()).reshape(chosen.shape[1], -1)  # (C', C')
         spread = covariance.diagonal().clamp_min(0).sqrt()
         active = spread > 0
-        r = (covariance / (spread.unsqueeze(0) * spread.unsqueeze(1)).clamp_min(1e-12))[active][:, active].abs()
+        r = (covariance / torch.outer(spread, spread).clamp_min(1e-12))[active][:, active].abs()
         pairs = r.numel() - len(r)
         result = {"channels": C, "tokens": n}
         saturated = fired == n if binary else (fired == n) | locked
@@ -4000,11 +3932,11 @@ class SpikeHealthChecker:
             result |= {name: float(which.mean()), f"{name} interval": (float(low), float(high))}
         return result | {
             "firing rate": float(fires.mean()), "firing rate interval": window_interval(rates, window),
-            "entropy": float(entropies.mean()), "entropy share": float(entropies.mean() / math.log2(2 if binary else 2 * levels + 1)),
+            "entropy": entropy, "entropy share": entropy / most,
             "correlation": float((r.sum() - len(r)) / pairs) if pairs else math.nan,
             "participation ratio": float(covariance.trace() ** 2 / covariance.square().sum().clamp_min(1e-12)),
             "rate": fired / n, "rate interval": np.stack(wilson_interval(fired, n), -1), "entropies": entropies,
-            "by position": (at / torch.bincount(position, minlength=length).clamp_min(1)).numpy()}
+            "by position": (at_position / torch.bincount(position).clamp_min(1)).numpy()}
 
 
 def whitened_components(hidden: Tensor, components: int) -> Tensor:
@@ -4048,10 +3980,9 @@ class MutualInformationEstimator:
 
     def blocks(self, window: Tensor) -> Tensor:
         """(n,) the fold of each token: contiguous blocks of windows, so that one text stays on one side."""
-        order = window.unique().tolist()
+        order, place = window.unique(return_inverse=True)
         require(len(order) >= self.folds, "windows", len(order), f"at least the {self.folds} folds")
-        fold = {w: i * self.folds // len(order) for i, w in enumerate(order)}
-        return torch.tensor([fold[w] for w in window.tolist()])
+        return place * self.folds // len(order)
 
     @staticmethod
     def _least_shift(window: Tensor) -> int:
@@ -4115,25 +4046,21 @@ class MutualInformationEstimator:
         length = len(window) // len(window.unique())
         if len(window) == length * len(window.unique()):  # every other one to another window, at the same position
             lags[::2] = np.maximum(1, lags[::2] // length) * length
-        null = torch.stack([target[:, i % C].roll(int(lag)) for i, lag in enumerate(lags)], 1) if self.refits else None
-        both = target if null is None else torch.cat((target, null), 1)
-        gain, log_q = [], []
-        for start in range(0, both.shape[1], 256):  # bounds the memory: (n, 256, K)
-            part = both[:, start:start + 256]
-            log_q.append(self.log_probabilities(features, part, K, fold))
-            gain.append(self._gain(log_q[-1], part))
-        gain, log_q = torch.cat(gain, 1), torch.cat(log_q, 1)[:, :C]
+        null = [target[:, i % C].roll(int(lag)) for i, lag in enumerate(lags)]
+        parts = torch.stack([*target.t(), *null], 1).split(256, 1)  # bounds the memory: (n, 256, K)
+        log_q = [self.log_probabilities(features, part, K, fold) for part in parts]
+        gain = torch.cat([self._gain(q, part) for q, part in zip(log_q, parts)], 1)
+        log_q = torch.cat(log_q, 1)[:, :C]
         bits, null_bits = gain.mean(0)[:C].numpy(), gain.mean(0)[C:].numpy()
         exchanged, same = self._exchanged(log_q, target.cpu(), window)
         nulls = [self._shifted(log_q, target.cpu(), away), exchanged - same + bits]  # (shifts, C)
         p_value = np.max([(1 + (gains >= bits).sum(0)) / (1 + len(gains)) for gains in nulls], 0)
-        p_value[(target == target[:1]).all(0).cpu().numpy()] = 1.0  # always the same: all shifts are equal but for rounding
+        p_value[(target == target[:1]).all(0).cpu().numpy()] = 1.0  # always the same: shifts are equal but for rounding
         mean_p = max(float((1 + (gains.mean(1) >= bits.mean()).sum()) / (1 + len(gains))) for gains in nulls)
-        high = float(np.quantile(null_bits, 0.95)) if self.refits else math.nan
+        null_mean, high = (null_bits.mean(), np.quantile(null_bits, 0.95)) if self.refits else (math.nan, math.nan)
         return {"bits": bits, "p": p_value, "q": import_optional("scipy.stats").false_discovery_control(p_value),
                 "mean": float(bits.mean()), "interval": window_interval(gain[:, :C].mean(1), window),
-                "mean p": mean_p,
-                "null": null_bits, "null mean": float(null_bits.mean()) if self.refits else math.nan, "null high": high}
+                "mean p": mean_p, "null": null_bits, "null mean": float(null_mean), "null high": float(high)}
 
     def _shifted(self, log_q: Tensor, target: Tensor, away: int) -> np.ndarray:
         """Mean gain (shifts, C) of fixed predictions against circularly shifted spikes, all lags at once by FFT."""
@@ -4152,26 +4079,26 @@ class MutualInformationEstimator:
 
     def _exchanged(self, log_q: Tensor, target: Tensor, window: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Mean gain (shifts, C) of fixed predictions against the spikes of other windows at the same positions: random
-        permutations of the windows, from the score of every pair of windows; and (C,) against their own. Windows are cut
-        to their median length, and shorter ones, such as a last one that was cut off, left out."""
+        permutations of the windows, from the score of every pair of windows; and (C,) against their own. Windows are
+        cut to their median length, and shorter ones, such as a last one that was cut off, left out."""
         C, K = target.shape[1], log_q.shape[-1]
         rows = [torch.where(window == w)[0] for w in window.unique()]
         length = sorted(map(len, rows))[(len(rows) - 1) // 2]
-        rows = [row[:length] for row in rows if len(row) >= length]
-        index = torch.stack(rows)  # (W, T)
+        index = torch.stack([row[:length] for row in rows if len(row) >= length])  # (W, T)
         constant = (log_q[index][..., 0].sum((0, 1)) - self._log_frequency(target, K)[index].sum((0, 1))).numpy()
-        score = torch.zeros(C, len(rows), len(rows))
+        score = torch.zeros(C, len(index), len(index))
         for k in range(1, K):
             ratio = (log_q[..., k] - log_q[..., 0])[index].permute(2, 0, 1)  # (C, W, T)
             score += ratio @ (target[index] == k).float().permute(2, 1, 0)
-        rng, score = np.random.default_rng(self.seed), score.numpy()
-        here, out = np.arange(len(rows)), np.empty((self.shifts, C))
+        rng, score, here = np.random.default_rng(self.seed), score.numpy(), np.arange(len(index))
+        gain = lambda those: (score[:, here, those].sum(1) + constant) / index.numel()  # noqa: E731
+        out = np.empty((self.shifts, C))
         for i in range(self.shifts):
-            order = rng.permutation(len(rows))
+            order = rng.permutation(len(index))
             cycle = np.empty_like(order)
             cycle[order] = np.roll(order, 1)  # one cycle through all windows: none meets itself
-            out[i] = (score[:, here, cycle].sum(1) + constant) / index.numel()
-        return out, (score[:, here, here].sum(1) + constant) / index.numel()
+            out[i] = gain(cycle)
+        return out, gain(here)
 
     def plug_in(self, features: Tensor, spikes: Tensor, window: Tensor, levels: int = 1, shifts: int = 100,
                 components: int = 4, null_channels: int = 32) -> dict[str, Any]:
@@ -4184,20 +4111,19 @@ class MutualInformationEstimator:
         codes = torch.empty(n, x.shape[1], dtype=torch.long)
         for f in (0, 1):
             edges = torch.quantile(x[fold != f][:200_000], torch.linspace(0, 1, self.bins + 1)[1:-1], dim=0)
-            codes[fold == f] = torch.stack([torch.bucketize(x[fold == f][:, j].contiguous(), edges[:, j].contiguous())
-                                            for j in range(x.shape[1])], 1)
+            codes[fold == f] = torch.searchsorted(edges.t().contiguous(), x[fold == f].t().contiguous()).t()
         onehot = F.one_hot(codes, self.bins).flatten(1).float()  # (n, P R)
 
-        def information(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
-            tables = []
+        def information(values: Tensor) -> np.ndarray:  # (plain and corrected, C')
+            halves = []
             for f in (0, 1):
                 rows, part = onehot[fold == f], values[fold == f]
                 cells = torch.stack([rows.t() @ (part == k).float() for k in range(K)], -1)  # (P R, C', K)
-                tables.append(cells.view(x.shape[1], self.bins, -1, K).permute(2, 0, 1, 3).double().numpy())
-            held_out = [miller_madow(table) for table in tables]  # (C', P) each, plain and corrected
-            pick = [held_out[1 - f][0].argmax(1)[:, None] for f in (0, 1)]
-            return tuple(np.mean([np.take_along_axis(held_out[f][i], pick[f], 1)[:, 0] for f in (0, 1)], 0)
-                         for i in (0, 1))
+                table = cells.view(x.shape[1], self.bins, -1, K).permute(2, 0, 1, 3)  # (C', P, R, K)
+                halves.append(miller_madow(table.double().numpy()))
+            found = np.array(halves)  # (2, plain and corrected, C', P)
+            best = found[::-1, 0].argmax(-1)  # (2, C') the component that the other half chooses
+            return np.take_along_axis(found, best[:, None, :, None], -1)[..., 0].mean(0)
 
         plain, bits = information(s)
         some = s[:, evenly_spaced(C, null_channels)]
@@ -4218,25 +4144,15 @@ class MutualInformationEstimator:
                                            for column in part.T]))
         return mean(s), mean(other)
 
-    def ksg(self, features: Tensor, spikes: Tensor, components: int = 4, channels: int = 8,
-            tokens: int = 4000) -> float:
-        """Nearest-neighbour estimate of scikit-learn [16], bits per channel: the best of the first components, mean over
-        a few channels. Its choice of the best is not held out; the bias is of order 0.01 bit at 4,000 tokens."""
-        estimate = import_optional("sklearn.feature_selection").mutual_info_classif
-        rows, columns = evenly_spaced(len(spikes), tokens), evenly_spaced(spikes.shape[1], channels)
-        x = features[rows, :components].cpu().numpy()
-        best = [estimate(x, spikes[rows, c].cpu().numpy(), random_state=self.seed).max() for c in columns]
-        return float(np.mean(best) / math.log(2))
-
     def next_token(self, hidden: Tensor, embedded: Tensor, spikes: Tensor, next_token: Tensor, window: Tensor,
                    levels: int = 1, channels: int = 32) -> dict[str, Any]:
         """What spikes tell of the token to come, bits per channel, by the same probe on embedded (n, p), components of
         the next token's embedding.
 
-        `next token`: I(spike; token) from below, at most H(spike), with interval and null. `beyond teacher`: how much better the probe on teacher state and token
-        is than the one on the teacher state alone, with its 95 % interval over windows; an estimate of
-        I(spike; token | teacher state) and no bound, for both probes are imperfect. `beyond teacher null`: the same for
-        tokens shifted circularly, what the additional weights cost.
+        `next token`: I(spike; token) from below, at most H(spike), with interval and null. `beyond teacher`: how much
+        better the probe on teacher state and token is than the one on the teacher state alone, with its 95 % interval
+        over windows; an estimate of I(spike; token | teacher state) and no bound, for both probes are imperfect.
+        `beyond teacher null`: the same for tokens shifted circularly, what the additional weights cost.
         """
         known = next_token >= 0
         columns = evenly_spaced(spikes.shape[1], channels)
@@ -4245,13 +4161,14 @@ class MutualInformationEstimator:
         least = max(1, int((fold != 0).sum()) // 40)
         x, e, s = x[:, :least], e[:, :least], s.to(hidden.device)
         other = e.roll(len(e) // 2, 0)
-        inputs = {"token": e, "other": other, "state": x, "both": torch.cat((x, e), 1), "null": torch.cat((x, other), 1)}
-        gain = {name: self._gain(self.log_probabilities(part, s, K, fold), s).mean(1) for name, part in inputs.items()}
-        beyond = gain["both"] - gain["state"]
-        return {"next token": float(gain["token"].mean()), "next token interval": window_interval(gain["token"], where),
-                "next token null": float(gain["other"].mean()), "beyond teacher": float(beyond.mean()),
-                "beyond teacher interval": window_interval(beyond, where),
-                "beyond teacher null": float((gain["null"] - gain["state"]).mean())}
+        token, shifted, state, both, null = (
+            self._gain(self.log_probabilities(part, s, K, fold), s).mean(1)  # (n,)
+            for part in (e, other, x, torch.cat((x, e), 1), torch.cat((x, other), 1)))
+        found = {}
+        for name, gain, nothing in (("next token", token, shifted), ("beyond teacher", both - state, null - state)):
+            found |= {name: float(gain.mean()), f"{name} interval": window_interval(gain, where),
+                      f"{name} null": float(nothing.mean())}
+        return found
 
 
 def hsic_of_kernels(K: Tensor, L: Tensor) -> Tensor:
@@ -4275,8 +4192,8 @@ def cka_of_terms(terms: np.ndarray) -> np.ndarray:
 
 
 def biased_noise_cka(n: int, d1: int, d2: int) -> float:
-    """What biased linear CKA gives for two independent white noises of d1 and d2 channels over n samples; d / (n + d) for
-    d1 = d2. Correlated channels count as fewer: shuffling the tokens of one side measures it."""
+    """What biased linear CKA gives for two independent white noises of d1 and d2 channels over n samples; d / (n + d)
+    for d1 = d2. Correlated channels count as fewer: shuffling the tokens of one side measures it."""
     return math.sqrt(d1 * d2 / ((n + d1) * (n + d2)))
 
 
@@ -4316,81 +4233,76 @@ class RepresentationAnalyzer:
         batches = self.minibatches(record.window)
         require(bool(batches), "tokens in a window", len(record.window), "at least 8")
 
-        def standard(x: Tensor) -> tuple[Tensor, Tensor]:
-            mean, std = x.mean(0), x.std(0)
-            return mean, torch.where(std > 1e-6, std, torch.inf)  # a channel without variance counts nothing
+        def standard(x: Tensor) -> Callable[[Tensor], Tensor]:
+            mean, std = x.float().mean(0), x.float().std(0)
+            std = torch.where(std > 1e-6, std, torch.inf)  # a channel without variance counts nothing
+            return lambda rows: ((x[rows].float() - mean) / std).to(device)
 
-        scales = {name: standard(record.spikes[name].float()) for name in names}
-        controls = {name: standard(spikes.float()) for name, spikes in record.control.items()}
-        teachers = {t: standard(hidden) for t, hidden in record.hidden.items()}
+        def kernels(parts: Iterable[Tensor]) -> Tensor:
+            return torch.stack([self._kernel(part) for part in parts])
+
+        def terms(X: Tensor, Y: Tensor) -> Tensor:  # (a, b, 3) of `cka_of_terms` for each pair of kernels
+            xy = hsic_of_kernels(X, Y).cpu()
+            xx, yy = (hsic_of_kernels_diagonal(K).cpu() for K in (X, Y))
+            return torch.stack((xy, xx.unsqueeze(1).expand_as(xy), yy.expand_as(xy)), -1)
+
+        spikes, control, hidden = ({key: standard(x) for key, x in part.items()}
+                                   for part in (record.spikes, record.control, record.hidden))
         mapped = torch.tensor([layers.index(layer_of[name]) for name in names])
-        sums = {key: [] for key in ("heat", "x", "y", "raw", "control", "biased", "null")}
+        sites = torch.arange(len(names))
+        sums = {key: [] for key in ("heat", "raw", "control", "biased", "null")}
         size = max(set(map(len, batches)), key=[len(rows) for rows in batches].count)
         alike = [number for number, rows in enumerate(batches) if len(rows) == size]
-        states_of = {t: {b: self._kernel(((record.hidden[layers[t]][batches[b]] - teachers[layers[t]][0])
-                                          / teachers[layers[t]][1]).to(device)) for b in alike}
+        states_of = {t: {b: self._kernel(hidden[layers[t]](batches[b])) for b in alike}
                      for t in mapped.unique().tolist()}
         # By whole windows first, where a minibatch holds several; then by any number of tokens.
         length = int(torch.bincount(record.window[batches[alike[0]]]).max())
         lags = np.random.default_rng(self.seed).integers(1, size, self.shifts + 2)
         whole = min(size // length, len(lags))
         lags[:whole] = np.arange(whole) * length
-        for number, rows in enumerate(import_optional("tqdm").tqdm(batches, desc="CKA", unit="minibatch", mininterval=1.0,
-                                                                   disable=not progress)):
-            get = lambda x, scale: ((x[rows].float() - scale[0]) / scale[1]).to(device)  # noqa: E731
-            features = [get(record.spikes[name], scales[name]) for name in names]
-            goals = {t: get(record.hidden[t], teachers[t]) for t in layers}
-            X, Y = (torch.stack([self._kernel(x) for x in parts]) for parts in (features, goals.values()))
-            square = lambda K: hsic_of_kernels_diagonal(K).cpu()  # noqa: E731
-            sums["heat"].append(hsic_of_kernels(X, Y).cpu())
-            sums["x"].append(square(X))
-            sums["y"].append(square(Y))
-            plain = torch.stack([self._kernel(record.spikes[name][rows].float().to(device)) for name in names])
-            states = torch.stack([self._kernel(record.hidden[t][rows].to(device)) for t in layers])
-            pick = torch.arange(len(names)), mapped
-            sums["raw"].append(torch.stack((hsic_of_kernels(plain, states).cpu()[pick], square(plain),
-                                            square(states)[mapped]), -1))
+        for number, rows in enumerate(progress_bar(batches, "CKA", "minibatch", progress)):
+            features = [spikes[name](rows) for name in names]
+            goals = [hidden[t](rows) for t in layers]
+            X, Y = kernels(features), kernels(goals)
+            sums["heat"].append(terms(X, Y))
+            sums["raw"].append(terms(kernels(record.spikes[name][rows].float().to(device) for name in names),
+                                     kernels(record.hidden[t][rows].to(device) for t in layers))[sites, mapped])
             if record.control:
-                Z = torch.stack([self._kernel(get(record.control[name], controls[name])) for name in names])
-                sums["control"].append(torch.stack((hsic_of_kernels(Z, Y).cpu()[pick], square(Z), sums["y"][-1][mapped]), -1))
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
-            pairs = [(x, goals[layer_of[name]]) for name, x in zip(names, features)]
-            sums["biased"].append(torch.stack([torch.stack([linear_cka(x[rows_of], y, unbiased=False).cpu() for x, y in pairs])
-                                               for rows_of in (slice(None), order.to(device))]))  # as they are; shuffled
+                sums["control"].append(terms(kernels(control[name](rows) for name in names), Y)[sites, mapped])
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number)).to(device)
+            sums["biased"].append(torch.stack([torch.stack((  # as they are; shuffled
+                linear_cka(x, goals[t], unbiased=False), linear_cka(x[order], goals[t], unbiased=False))).cpu()
+                for x, t in zip(features, mapped.tolist())]))
             if number not in alike:
                 continue
             null, others = torch.empty(self.shifts, len(names)), len(alike) - 1
-            for t, kernels in states_of.items():
+            for t, states in states_of.items():
                 some = torch.where(mapped == t)[0]
-                for start in range(0, self.shifts, 25):  # bounds the memory: 25 shifted kernels
+                for draws in torch.arange(self.shifts).split(25):  # bounds the memory: 25 shifted kernels
                     turned = []
-                    for draw in range(start, min(start + 25, self.shifts)):
+                    for draw in draws.tolist():
                         turn, other = divmod(draw, others) if others else (draw + 1, -1)
                         lag = int(lags[turn]) if turn else 0
-                        turned.append(kernels[alike[(alike.index(number) + 1 + other) % len(alike)]].roll((lag, lag), (0, 1)))
-                    null[start:start + 25, some] = hsic_of_kernels(X[some.to(X.device)], torch.stack(turned)).t().cpu()
+                        from_batch = alike[(alike.index(number) + 1 + other) % len(alike)]
+                        turned.append(states[from_batch].roll((lag, lag), (0, 1)))
+                    null[draws[:, None], some] = hsic_of_kernels(X[some.to(X.device)], torch.stack(turned)).t().cpu()
             sums["null"].append(null)
         stack = {key: torch.stack(value).double().numpy() for key, value in sums.items() if value}
-        xx, yy = stack["x"], stack["y"]  # (batches, sites), (batches, layers)
         mean = {key: value.mean(0) for key, value in stack.items()}
-        terms = lambda xy, i, t: np.stack((xy, np.broadcast_to(xx[:, i].mean(), xy.shape),  # noqa: E731
-                                           np.broadcast_to(yy[:, t].mean(), xy.shape)), -1)
-        sites = {}
-        for i, name in enumerate(names):
-            t = int(mapped[i])
-            by_batch = np.stack((stack["heat"][:, i, t], xx[:, i], yy[:, t]), -1)
-            value, null = float(cka_of_terms(by_batch.mean(0))), cka_of_terms(terms(mean["null"][:, i], i, t))
+        found = {}
+        for i, (name, t) in enumerate(zip(names, mapped.tolist())):
+            value = float(cka_of_terms(mean["heat"][i, t]))
+            null = cka_of_terms(np.stack(np.broadcast_arrays(mean["null"][:, i], *mean["heat"][i, t, 1:]), -1))
             C, D = record.spikes[name].shape[1], record.hidden[layers[t]].shape[1]
-            sites[name] = {"CKA": value, "interval": bootstrap_interval(by_batch, cka_of_terms), "teacher layer": layers[t],
-                           "null mean": float(null.mean()), "null high": float(np.quantile(null, 0.95)),
+            found[name] = {"CKA": value, "interval": bootstrap_interval(stack["heat"][:, i, t], cka_of_terms),
+                           "teacher layer": layers[t], "null mean": float(null.mean()),
+                           "null high": float(np.quantile(null, 0.95)),
                            "p": float((1 + (null >= value).sum()) / (1 + len(null))),
                            "control": float(cka_of_terms(mean["control"][i])) if record.control else math.nan,
-                           "raw": float(cka_of_terms(mean["raw"][i])), "biased": float(mean["biased"][0, i]),
-                           "biased shuffled": float(mean["biased"][1, i]),
+                           "raw": float(cka_of_terms(mean["raw"][i])), "biased": float(mean["biased"][i, 0]),
+                           "biased shuffled": float(mean["biased"][i, 1]),
                            "biased noise": biased_noise_cka(size, C, D), "minibatches": len(batches), "n": size}
-        heat = cka_of_terms(np.stack((mean["heat"], np.broadcast_to(mean["x"][:, None], mean["heat"].shape),
-                                      np.broadcast_to(mean["y"][None], mean["heat"].shape)), -1))
-        return {"heat": heat, "names": names, "layers": layers, "sites": sites}
+        return {"heat": cka_of_terms(mean["heat"]), "names": names, "layers": layers, "sites": found}
 
 
 def student_id(student: nn.Module) -> str:
@@ -4398,23 +4310,23 @@ def student_id(student: nn.Module) -> str:
     tied = (getattr(student, "_tied_weights_keys", None) or {}) if student.config.tie_word_embeddings else {}
     config = {name: getattr(student.config, name, None) for name in (
         "spike_kind", "encoder_kind", "spike_sites", "threshold", "state_kind", "output_order", "recurrence")}
-    return content_hash(json.dumps(config), *(part for name, value in sorted(student.state_dict().items()) if name not in tied
-                          for part in (name, value.detach().cpu().float().contiguous().numpy().tobytes())))
+    return content_hash(json.dumps(config), *(
+        part for name, value in sorted(student.state_dict().items()) if name not in tied
+        for part in (name, value.detach().cpu().float().contiguous().numpy().tobytes())))
 
 
-# By how much a site passes each metric of the gate.
-_GATES: dict[str, Callable[[dict[str, Any]], float]] = {
-    "dead channels": lambda s: GATE["dead channels"] - s["dead channels"],
-    "saturated channels": lambda s: GATE["saturated channels"] - s["saturated channels"],
-    "firing rate": lambda s: min(s["firing rate"] - GATE["firing rate"][0], GATE["firing rate"][1] - s["firing rate"]),
-    "mutual information": lambda s: _above_null(s, "mutual information"),
-    "CKA": lambda s: _above_null(s, "CKA"),
-}
+SITE_METRICS = tuple(GATE)[:-1]  # a rise of PPL is the student's
 
 
-def _above_null(site: dict[str, Any], name: str) -> float:
-    """Above the threshold and above the null, which a p-value decides."""
-    return min(site[name] - GATE[name], site[name] - site[f"{name} null"] if site[f"{name} p"] <= 0.05 else -1.0)
+def _margin(site: dict[str, Any], name: str) -> float:
+    """By how much a site passes a metric of the gate."""
+    value, limit = site[name], GATE[name]
+    if name == "firing rate":
+        return min(value - limit[0], limit[1] - value)
+    if name.endswith("channels"):
+        return limit - value
+    # Above the threshold and above the null, which a p-value decides.
+    return min(value - limit, value - site[f"{name} null"] if site[f"{name} p"] <= 0.05 else -1.0)
 
 
 def _plain(value: Any) -> Any:
@@ -4443,12 +4355,12 @@ class ValidationResult:
         site has to pass; the value is that of the site nearest to failing. `clear` says whether the whole interval is
         on the passing side: the gate itself is on the value, as defined."""
         metrics = {}
-        for name, margin in _GATES.items():
-            margins = {site: margin(row) for site, row in self.sites.items()}
+        for name in SITE_METRICS:
+            margins = {site: _margin(row, name) for site, row in self.sites.items()}
             worst = min(margins, key=margins.get)
             row = self.sites[worst]
             interval = list(row[f"{name} interval"])
-            ends = [margin({**row, name: end}) for end in interval]
+            ends = [_margin({**row, name: end}, name) for end in interval]
             passed = sum(m >= 0 if name == "firing rate" else m > 0 for m in margins.values())
             metrics[name] = {"value": row[name], "interval": interval, "null": row.get(f"{name} null"),
                              "p": row.get(f"{name} p"), "threshold": GATE[name], "pass": passed == len(margins),
@@ -4464,37 +4376,38 @@ class ValidationResult:
     def summary(self) -> dict[str, Any]:
         """The verdict, the metrics that failed, and means over sites."""
         mean = lambda key: float(np.mean([row[key] for row in self.sites.values()]))  # noqa: E731
-        gate = self.gate
+        gate, more = self.gate, ("entropy", "CKA biased", "correlation", "participation ratio")
         return {"verdict": gate["verdict"], "failed": [n for n, entry in gate["metrics"].items() if not entry["pass"]],
-                **{key: mean(key) for key in (*_GATES, "entropy", "CKA biased", "correlation", "participation ratio")},
-                "tokens": self.meta["tokens"], "sites": len(self.sites)}
+                **{key: mean(key) for key in (*SITE_METRICS, *more)}, "tokens": self.meta["tokens"],
+                "sites": len(self.sites)}
 
     def table(self) -> list[dict[str, str]]:
         """One row for each site, values with 95 % intervals and nulls."""
+        columns = {
+            "dead %": "{dead channels%:.1f}", "saturated %": "{saturated channels%:.1f}",
+            "sign-locked %": "{sign-locked channels%:.1f}", "firing rate": "{firing rate±}",
+            "entropy, bits": "{entropy:.3f} ({entropy share%:.0f} %)", "MI probe, bits": "{mutual information±}",
+            "of H(S)": "{share of entropy%:.0f} %", "null": "{mutual information null:.3f}",
+            "channels with q < 0.05": "{informative channels%:.0f} %",
+            "MI Miller-Madow (null)": "{Miller-Madow:.3f} ({Miller-Madow null:.3f})",
+            "MI founders' (noise)": "{founders MI:.3f} ({founders MI noise:.3f})", "teacher layer": "{teacher layer}",
+            "CKA": "{CKA±}", "CKA null": "{CKA null:.3f}", "untrained": "{CKA control:.3f}", "raw": "{CKA raw:.3f}",
+            "biased (shuffled; noises)": "{CKA biased:.3f} ({CKA biased shuffled:.3f}; {CKA biased noise:.3f})",
+            "participation ratio": "{participation ratio:.1f} of {channels}", "mean |r|": "{correlation:.3f}",
+            "next token, bits (null)": "{next token±} ({next token null:.3f})",
+            "beyond teacher (null)": "{beyond teacher±} ({beyond teacher null:.3f})"}
         rows = []
         for name, s in self.sites.items():
-            ci = lambda key, digits=3, s=s: "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(  # noqa: E731
-                s[key], *s[f"{key} interval"], d=digits)
-            rows.append({
-                "site": name, "dead %": f"{100 * s['dead channels']:.1f}", "saturated %": f"{100 * s['saturated channels']:.1f}",
-                "sign-locked %": f"{100 * s['sign-locked channels']:.1f}", "firing rate": ci("firing rate"),
-                "entropy, bits": f"{s['entropy']:.3f} ({100 * s['entropy share']:.0f} %)",
-                "MI probe, bits": ci("mutual information"), "of H(S)": f"{100 * s['share of entropy']:.0f} %", "null": f"{s['mutual information null']:.3f}",
-                "channels with q < 0.05": f"{100 * s['informative channels']:.0f} %", "MI Miller-Madow (null)":
-                f"{s['Miller-Madow']:.3f} ({s['Miller-Madow null']:.3f})", "MI founders' (noise)":
-                f"{s['founders MI']:.3f} ({s['founders MI noise']:.3f})", "teacher layer": str(s["teacher layer"]),
-                "CKA": ci("CKA"), "CKA null": f"{s['CKA null']:.3f}", "untrained": f"{s['CKA control']:.3f}",
-                "raw": f"{s['CKA raw']:.3f}", "biased (shuffled; noises)": f"{s['CKA biased']:.3f} ({s['CKA biased shuffled']:.3f}; {s['CKA biased noise']:.3f})",
-                "participation ratio": f"{s['participation ratio']:.1f} of {s['channels']}",
-                "mean |r|": f"{s['correlation']:.3f}", "next token, bits (null)":
-                f"{ci('next token')} ({s['next token null']:.3f})",
-                "beyond teacher (null)":
-                f"{ci('beyond teacher')} ({s['beyond teacher null']:.3f})"})
+            percent = {f"{key}%": 100 * value for key, value in s.items() if isinstance(value, (int, float))}
+            spans = {f"{key}±": "{:.3f} [{:.3f}, {:.3f}]".format(value, *s[f"{key} interval"])
+                     for key, value in s.items() if f"{key} interval" in s}
+            values = {**s, **percent, **spans}
+            rows.append({"site": name, **{column: form.format_map(values) for column, form in columns.items()}})
         return rows
 
     def to_json(self) -> str:
         """Everything but the arrays of channels."""
-        return json.dumps({**_plain({"sites": self.sites, "heat": self.heat}), "gate": self.gate}, indent=1, sort_keys=True)
+        return json.dumps(_plain({"sites": self.sites, "heat": self.heat, "gate": self.gate}), indent=1, sort_keys=True)
 
 
 class SpikingBrainValidator:
@@ -4505,18 +4418,16 @@ class SpikingBrainValidator:
     """
 
     def __init__(self, device: torch.device | str = "cpu", layer_map: dict[int, int] | None = None,
-                 max_tokens: int = 20_480, max_channels: int = 256, ksg: bool = False, seed: int = 42,
+                 max_tokens: int = 20_480, max_channels: int = 256, seed: int = 42,
                  information: MutualInformationEstimator | None = None, cka: RepresentationAnalyzer | None = None):
-        for name, value in (("max_tokens", max_tokens), ("max_channels", max_channels)):
-            require(isinstance(value, int) and value >= 1, name, value, "a whole number from 1")
+        check_numbers(locals(), {"max_tokens": "int", "max_channels": "int"})
         self.device, self.layer_map, self.max_tokens, self.max_channels = device, layer_map, max_tokens, max_channels
-        self.ksg, self.seed = ksg, seed
-        self.health = SpikeHealthChecker()
+        self.seed, self.health = seed, SpikeHealthChecker()
         self.information = information or MutualInformationEstimator(seed=seed)
         self.cka = cka or RepresentationAnalyzer(seed=seed)
 
     def layer_of(self, names: Iterable[str], n_student: int, n_teacher: int) -> dict[str, int]:
-        """The teacher layer for each site; `head_in` belongs to the last. Raises ValueError for layers there are not."""
+        """The teacher layer of each site; `head_in` belongs to the last. Raises ValueError for layers there are not."""
         mapping = dict(enumerate(span_ends(n_student, n_teacher))) if self.layer_map is None else dict(self.layer_map)
         for s, t in mapping.items():
             require(0 <= s < n_student and 0 <= t < n_teacher, "layer_map", (s, t),
@@ -4528,8 +4439,8 @@ class SpikingBrainValidator:
     def validate(self, student: GooseForCausalLM, teacher: nn.Module, loader: Iterable[Any],
                  max_batches: int | None = None, progress: bool = True,
                  meta: dict[str, Any] | None = None) -> ValidationResult:
-        """Validates a student on batches of a loader (see `batch_of`); `meta`, such as corpus and teacher, goes into the
-        gate beside the student's id, tokens, seed and version."""
+        """Validates a student on batches of a loader (see `batch_of`); `meta`, such as corpus and teacher, goes into
+        the gate beside the student's id, tokens, seed and version."""
         begin = time.perf_counter()
         record = record_spikes(student, teacher, loader, max_batches, self.max_tokens, True, self.seed, progress)
         with torch.no_grad():
@@ -4551,9 +4462,7 @@ class SpikingBrainValidator:
         following = None if embedded is None else whitened_components(
             embedded[record.position > 0].to(self.device), self.information.components // 2)
         sites, arrays = {}, {}
-        bar = import_optional("tqdm").tqdm(record.spikes.items(), desc="health and information", unit="site",
-                                           disable=not progress)
-        for name, spikes in bar:
+        for name, spikes in progress_bar(record.spikes.items(), "health and information", "site", progress):
             levels, x = record.levels[name], components[layer_of[name]]
             health = self.health.check(spikes, record.window, record.position, levels, name in record.binary)
             kept = evenly_spaced(spikes.shape[1], self.max_channels)
@@ -4561,8 +4470,8 @@ class SpikingBrainValidator:
             probe = self.information.probe(x, some, inner.window, levels)
             plug_in = self.information.plug_in(x, some, inner.window, levels)
             plain, noise = self.information.founders(x, some, levels)
-            told = {f"{what}{part}": (math.nan, math.nan) if part == " interval" else math.nan
-                    for what in ("next token", "beyond teacher") for part in ("", " interval", " null")}
+            told = {f"{what}{part}": value for what in ("next token", "beyond teacher") for part, value in (
+                ("", math.nan), (" interval", (math.nan, math.nan)), (" null", math.nan))}
             if following is not None:
                 told = self.information.next_token(x, following, some, inner.next_token, inner.window, levels)
             found = cka["sites"][name]
@@ -4576,11 +4485,10 @@ class SpikingBrainValidator:
                 "mutual information p": probe["mean p"], "informative channels": float((probe["q"] < 0.05).mean()),
                 "share of entropy": probe["mean"] / max(1e-9, float(health["entropies"][kept].mean())),
                 "Miller-Madow": plug_in["mean"], "Miller-Madow null": plug_in["null high"], "founders MI": plain,
-                "founders MI noise": noise, **told, "CKA": found["CKA"], "CKA interval": found["interval"],
-                "CKA null": found["null high"], "CKA p": found["p"], "teacher layer": found["teacher layer"],
-                **{f"CKA {key}": found[key] for key in ("control", "raw", "biased", "biased shuffled", "biased noise", "minibatches", "n")}}
-            if self.ksg:
-                sites[name]["KSG"] = self.information.ksg(x, some)
+                "founders MI noise": noise, **told, "CKA": found["CKA"], "CKA null": found["null high"],
+                "teacher layer": found["teacher layer"],
+                **{f"CKA {key}": found[key] for key in ("interval", "p", "control", "raw", "biased", "biased shuffled",
+                                                        "biased noise", "minibatches", "n")}}
         facts = {"version": "v15", "asnn_common": __version__, "tokens": len(record.window),
                  "windows": len(record.window.unique()), "seed": self.seed, "layer_of": layer_of,
                  "heat_layers": cka["layers"], "heat_sites": cka["names"], **(meta or {})}
@@ -4623,7 +4531,7 @@ class Intervention:
         if self.kind == "flip":
             return torch.where(noise < self.amount, -spikes, spikes)
         time_axis = torch.arange(spikes.shape[1], device=spikes.device).view(1, -1, 1)
-        real = torch.ones_like(time_axis, dtype=torch.bool) if mask is None else mask.bool().unsqueeze(-1).to(spikes.device)
+        real = time_axis >= 0 if mask is None else mask.bool().unsqueeze(-1).to(spikes.device)
         if self.kind == "delay":
             source = time_axis - (noise * (self.amount + 1)).floor().long()
             return torch.where(source >= 0, (spikes * real).gather(1, source.clamp_min(0)), 0)
@@ -4658,68 +4566,59 @@ def intervene(student: GooseForCausalLM, loader: Iterable[Any], interventions: I
     chosen = list(groups) if sites is None else list(sites)
     for name in chosen:
         require(name in groups, "site", name, ", ".join(groups))
-    device, training = next(student.parameters()).device, student.training
-    head = student.get_output_embeddings().weight
+    device, head = next(student.parameters()).device, student.get_output_embeddings().weight
     batches = [batch_of(batch) for batch in itertools.islice(loader, max_batches)]
     require(bool(batches), "loader", "empty", "at least one batch")
-    scored = [(ids[:, 1:] if mask is None else torch.where((mask[:, 1:] * mask[:, :-1]).bool(), ids[:, 1:], -100)).to(device)
+    # The tokens that a sequence has before them, -100 in the place of others.
+    scored = [ids[:, 1:] if mask is None else torch.where((mask[:, 1:] * mask[:, :-1]).bool(), ids[:, 1:], -100)
               for ids, mask in batches]
+    counts = np.concatenate([(labels >= 0).sum(1).cpu().numpy() for labels in scored])
+    targets = torch.cat([labels[labels >= 0].cpu() for labels in scored])
     plan = [(site, item) for item in interventions for site in chosen]
-    bar = import_optional("tqdm").tqdm(total=len(plan) + 1, desc="interventions", unit="run", mininterval=1.0,
-                                       disable=not progress)
-
     now: dict[str, Tensor | None] = {}
+    totals: dict[str, Tensor] = {}
 
     def losses() -> np.ndarray:
         """NLL in nats summed over each sequence."""
         found = []
         for (ids, mask), labels in zip(batches, scored):
-            now["mask"] = mask
-            hidden = student.base_model(ids.to(device), None if mask is None else mask.to(device),
-                                        use_cache=False).last_hidden_state
-            nll = chunked_nll(hidden[:, :-1], head, labels)  # (B, T - 1), 0 at labels of -100
+            now["mask"] = mask = None if mask is None else mask.to(device)
+            hidden = student.base_model(ids.to(device), mask, use_cache=False).last_hidden_state
+            nll = chunked_nll(hidden[:, :-1], head, labels.to(device))  # (B, T - 1), 0 at labels of -100
             found.append(nll.double().sum(1).cpu().numpy())
         bar.update(1)
         return np.concatenate(found)
 
-    try:
-        student.eval()
-        totals: dict[str, Tensor] = {}
+    def count(name: str, spikes: Tensor) -> None:
+        real = spikes.new_ones(spikes.shape[:2]) if now["mask"] is None else now["mask"].to(spikes)  # (B, T)
+        total = torch.einsum("bt,btc->c", real.float(), spikes.float())
+        totals[name] = totals.get(name, 0) + torch.cat((total, real.float().sum().view(1)))
 
-        def count(name: str, spikes: Tensor) -> None:
-            real = spikes.new_ones(spikes.shape[:2]) if now["mask"] is None else now["mask"].to(spikes)  # (B, T)
-            total = torch.einsum("bt,btc->c", real.float(), spikes.float())
-            totals[name] = totals.get(name, 0) + torch.cat((total, real.float().sum().view(1)))
+    def row(layer: str, site: str, kind: str, amount: float, nll: float, error: float) -> dict[str, Any]:
+        rise = math.exp(min(100.0, nll - base))
+        return {"site": site, "layer": layer, "intervention": kind, "amount": float(amount),
+                "ppl": math.exp(min(100.0, nll)), "rise": rise, "standard error": rise * error, "tokens": len(targets)}
 
+    with evaluating(student), progress_bar(None, "interventions", "run", progress, len(plan) + 1) as bar:
         with spike_hooks(student, count):
             intact = losses()
-        means = {name: value[:-1] / value[-1] for name, value in totals.items()}
-        counts = np.concatenate([(labels >= 0).sum(1).cpu().numpy() for labels in scored])
-        tokens, base = int(counts.sum()), intact.sum() / counts.sum()
-        if unigram is None:
-            unigram = torch.bincount(torch.cat([labels[labels >= 0].cpu() for labels in scored]), minlength=len(head))
+        means, base = {name: value[:-1] / value[-1] for name, value in totals.items()}, intact.sum() / len(targets)
+        unigram = torch.bincount(targets, minlength=len(head)) if unigram is None else unigram
         log_p = ((unigram.float() + 1e-9) / unigram.sum()).log()
         # A token that the counts lack would cost everything: it gets a share of one count.
         log_p = torch.where(unigram > 0, log_p, -math.log(float(unigram.sum()) + len(unigram)))
-        frequency = -sum(float(log_p[labels[labels >= 0].cpu()].double().sum()) for labels in scored) / tokens
-        rows = [{"site": "-", "layer": "-", "intervention": name, "amount": 0.0, "ppl": math.exp(value),
-                 "rise": math.exp(value - base), "standard error": 0.0, "tokens": tokens}
-                for name, value in (("intact", base), ("unigram", frequency))]
+        rows = [row("-", "-", "intact", 0, base, 0.0),
+                row("-", "-", "unigram", 0, -float(log_p[targets].double().sum()) / len(targets), 0.0)]
         for site, item in plan:
             generator = torch.Generator().manual_seed(seed)
             with spike_hooks(student, lambda name, spikes: item.apply(spikes, means[name], generator, now["mask"]),
                              groups[site]):
                 damaged = losses()
-            mean = damaged.sum() / counts.sum()
+            mean = damaged.sum() / len(targets)
             residual = (damaged - intact) - (mean - base) * counts
-            error = math.sqrt(len(counts) / max(1, len(counts) - 1) * float((residual**2).sum())) / tokens
-            layer, _, where = site.partition(".") if "." in site else ("-", "", site)
-            rows.append({"site": where, "layer": layer, "intervention": item.kind, "amount": float(item.amount),
-                         "ppl": math.exp(min(100.0, mean)), "rise": math.exp(min(100.0, mean - base)),
-                         "standard error": math.exp(min(100.0, mean - base)) * error, "tokens": tokens})
-    finally:
-        bar.close()
-        student.train(training)
+            error = math.sqrt(len(counts) / max(1, len(counts) - 1) * float((residual**2).sum())) / len(targets)
+            layer, where = site.split(".", 1) if "." in site else ("-", site)
+            rows.append(row(layer, where, item.kind, item.amount, mean, error))
     return rows
 
 
@@ -4730,13 +4629,13 @@ def intervene(student: GooseForCausalLM, loader: Iterable[Any], interventions: I
 class Remediation:
     """What a remedy does; each part can be switched off.
 
-    `threshold`: the spikes' threshold becomes this one (None: stays). With `mixed_fixed`, the founders' mixture of token
-    and channel with a channel statistic that is fixed at inference, that statistic is calibrated so that each channel
-    fires as often as before, or at the end of `rate_band` that it was beyond. `recentre`: biases move the median of
-    each channel of keys and values to zero. `unlock`: biases move channels of which less than `minority` of the spikes
-    have the rarer sign, just so far that this share has. `rate_weight`: pulls the firing rate of each channel into `rate_band`. `align_weight`: pulls
-    keys and values to ternary teacher targets. Steps and learning rates are those of the recipe given to `remediate`,
-    times `lr_scale`.
+    `threshold`: the spikes' threshold becomes this one (None: stays). With `mixed_fixed`, the founders' mixture of
+    token and channel with a channel statistic that is fixed at inference, that statistic is calibrated so that each
+    channel fires as often as before, or at the end of `rate_band` that it was beyond. `recentre`: biases move the
+    median of each channel of keys and values to zero. `unlock`: biases move channels of which less than `minority` of
+    the spikes have the rarer sign, just so far that this share has. `rate_weight`: pulls the firing rate of each
+    channel into `rate_band`. `align_weight`: pulls keys and values to ternary teacher targets. Learning rates are those
+    of the recipe given to `remediate`, times `lr_scale`.
     """
 
     threshold: str | None = "mixed_fixed"
@@ -4752,13 +4651,9 @@ class Remediation:
     def __post_init__(self):
         require(self.threshold is None or self.threshold in THRESHOLDS, "Remediation.threshold", self.threshold,
                 f"None, {', '.join(THRESHOLDS)}")
-        for name in ("rate_weight", "align_weight"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"Remediation.{name}", value, "a number from 0")
         require(0 < self.minority < 0.5, "Remediation.minority", self.minority, "a share above 0 and below 0.5")
         check_band(self.rate_band, "Remediation.rate_band")
-        require(isinstance(self.steps, int) and self.steps >= 1, "Remediation.steps", self.steps, "a whole number from 1")
-        require(0 < self.lr_scale < math.inf, "Remediation.lr_scale", self.lr_scale, "a number above 0")
+        check_fields(self, zero=("rate_weight", "align_weight"))
 
     @classmethod
     def for_gate(cls, gate: dict[str, Any], **values: Any) -> Remediation:
@@ -4816,56 +4711,49 @@ class RemediationObjective(Distiller):
 @torch.no_grad()
 def prepare_remedy(student: GooseForCausalLM, settings: Remediation, input_ids: Tensor) -> GooseForCausalLM:
     """A copy of the student with the threshold and the centres of `settings`, calibrated on input_ids (B, T)."""
-    config = GooseConfig.from_dict({**student.config.to_dict(), **(
-        {} if settings.threshold is None else {"threshold": settings.threshold}), **(
-        {"projection_bias": True} if settings.recentre or settings.unlock else {})})
+    changes = {} if settings.threshold is None else {"threshold": settings.threshold}
+    if settings.recentre or settings.unlock:
+        changes["projection_bias"] = True
     device = next(student.parameters()).device
-    mended = GooseForCausalLM(config)
-    mended.load_state_dict(student.state_dict(), strict=False)  # what is new, biases and channel means, starts at 0 and 1
+    mended = GooseForCausalLM(GooseConfig.from_dict({**student.config.to_dict(), **changes}))
+    mended.load_state_dict(student.state_dict(), strict=False)  # what is new, biases and channel means: 0 and 1
     mended = mended.to(device).eval()
-    seen: dict[str, Tensor] = {}
 
-    def run() -> None:
-        handles = [module.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(
-            name, args[0].float().flatten(0, -2))) for name, module in spike_modules(mended).items()]
-        try:
+    def reaching(module: nn.Module) -> Tensor:  # (n, C) what a site gets, with those before it as they are by now
+        seen = []
+        with module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].float().flatten(0, -2))):
             mended.base_model(input_ids.to(device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    with SpikeCapture(student, input_ids.numel()) as capture:
-        student.base_model(input_ids.to(device), use_cache=False)
-    rates = {name: (spikes != 0).float().mean(0).clamp(*settings.rate_band).to(device)
-             for name, spikes in capture.spikes().items()}
-    upward = {name: ((spikes > 0).float().mean(0) / (spikes != 0).float().mean(0).clamp_min(1e-6)).to(device)
-              for name, spikes in capture.spikes().items()}  # share of a channel's spikes that are positive
+        return seen[0]
 
     def quantiles(x: Tensor, share: Tensor) -> Tensor:  # what `share` of each channel's values exceeds
         return torch.stack([column.quantile(1 - part) for column, part in zip(x.t(), share)])
 
-    for name, module in spike_modules(mended).items():  # in order: a site sees what the mended ones before it do
+    with SpikeCapture(student, input_ids.numel()) as capture:
+        student.base_model(input_ids.to(device), use_cache=False)
+    for name, spikes in capture.spikes().items():  # in order: a site sees what the mended ones before it do
+        module, fires = spike_modules(mended)[name], (spikes != 0).float().mean(0)
+        rate = fires.clamp(*settings.rate_band).to(device)
+        upward = ((spikes > 0).float().mean(0) / fires.clamp_min(1e-6)).to(device)  # share of spikes that are positive
         if isinstance(module, TernarySpike) and (settings.recentre or settings.unlock) and module.kind != "binary":
-            run()
+            x = reaching(module)
             if settings.recentre:
-                shift = seen[name].median(0).values
+                shift = x.median(0).values
             else:
-                scale = seen[name].abs().mean(-1, keepdim=True).clamp_min(1e-6).sqrt()
-                up = upward[name].clamp(settings.minority, 1 - settings.minority)
+                scale = x.abs().mean(-1, keepdim=True).clamp_min(1e-6).sqrt()
+                up = upward.clamp(settings.minority, 1 - settings.minority)
                 # Fire upwards for the highest inputs, downwards for the lowest, each as often as it should be.
-                ends = [quantiles(seen[name] / scale, share) for share in (rates[name] * up, 1 - rates[name] * (1 - up))]
-                shift = torch.where(up != upward[name], (ends[0] + ends[1]) / 2 * scale.mean(), 0.0)
+                ends = [quantiles(x / scale, share) for share in (rate * up, 1 - rate * (1 - up))]
+                shift = torch.where(up != upward, (ends[0] + ends[1]) / 2 * scale.mean(), 0.0)
             mix = transformer_blocks(mended)[int(name.split(".")[0])].time_mix
             (mix.key if name.endswith(".k") else mix.value).bias -= shift
         if settings.threshold == "mixed_fixed":
-            run()
-            x = seen[name] - (module.centre if isinstance(module, SpikeEncoder) else 0)
+            x = reaching(module) - (module.centre if isinstance(module, SpikeEncoder) else 0)
             token, alpha = x.abs().mean(-1, keepdim=True).clamp_min(1e-6), module.alpha.abs().clamp_min(1e-6)
             x = x if module.kind == "binary" else x.abs()
             if isinstance(module, SpikeEncoder):  # its threshold is that of token and channel already
-                module.alpha.copy_(quantiles(x / token, rates[name]).clamp_min(1e-6))
+                module.alpha.copy_(quantiles(x / token, rate).clamp_min(1e-6))
             else:
-                module.channel_mean.copy_((quantiles(x / token.sqrt(), rates[name]).clamp_min(1e-6) / alpha).square())
+                module.channel_mean.copy_((quantiles(x / token.sqrt(), rate).clamp_min(1e-6) / alpha).square())
     return mended
 
 
@@ -4883,14 +4771,12 @@ class RemediationResult(NamedTuple):
     def table(self) -> list[dict[str, str]]:
         """One row for each metric of the gate, PPL included."""
         rows, say = [], {True: "pass", False: "FAIL"}
-        before, after = self.before.gate["metrics"], self.after.gate["metrics"]
-        for name in _GATES:
-            row = {"metric": name, "threshold": str(GATE[name])}
-            for when, gate in (("before", before), ("after", after)):
-                m = gate[name]
-                row |= {when: f"{m['value']:.3f} at {m['site']}", f"{when}: sites": f"{m['sites passed']} of {m['sites']}",
-                        f"{when}: gate": say[m["pass"]]}
-            rows.append(row)
+        gates = {"before": self.before.gate["metrics"], "after": self.after.gate["metrics"]}
+        for name in SITE_METRICS:
+            rows.append({"metric": name, "threshold": str(GATE[name])})
+            for when, m in ((when, gate[name]) for when, gate in gates.items()):
+                rows[-1] |= {when: f"{m['value']:.3f} at {m['site']}",
+                             f"{when}: sites": f"{m['sites passed']} of {m['sites']}", f"{when}: gate": say[m["pass"]]}
         rise = round(self.ppl_after / self.ppl_before - 1, 12)
         rows.append({"metric": "PPL", "threshold": f"rise of at most {100 * GATE['PPL rise']:.0f} %",
                      "before": f"{self.ppl_before:.2f}", "before: sites": "-", "before: gate": "-",

@@ -185,13 +185,6 @@ def test_the_founders_estimate_sees_a_fifth_of_a_bit_in_noise_where_ours_sees_no
     assert estimate.founders(x, counts, levels=3)[0] > 2 * value
 
 
-def test_nearest_neighbours_agree():
-    x = torch.randn(3000, 4)
-    estimate = asnn.MutualInformationEstimator()
-    assert estimate.ksg(x, ternary(x, 0.0), channels=4) == pytest.approx(1.0, abs=0.02)
-    assert estimate.ksg(x, ternary(torch.randn(3000, 4)), channels=4) < 0.03
-
-
 # ---- mutual information: probe -------------------------------------------------------------------
 
 
@@ -1002,7 +995,7 @@ def test_validation_from_end_to_end_is_the_same_twice(student_of, teacher, batch
     student = student_of().train()
     torch.manual_seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    results = [validator(ksg=True).validate(student, teacher.model, batches, progress=False, meta={"teacher": "tiny"})
+    results = [validator().validate(student, teacher.model, batches, progress=False, meta={"teacher": "tiny"})
                for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])
     assert student.training and hooks(student, teacher.model) == 0
@@ -1018,7 +1011,6 @@ def test_validation_from_end_to_end_is_the_same_twice(student_of, teacher, batch
     assert result.heat.shape == (4, 2) and set(result.sites) == set(result.arrays) == set(gate["layer_of"])
     for site in result.sites.values():
         assert all(math.isfinite(v) for v in site.values() if isinstance(v, float)), site
-        assert 0 <= site["KSG"] < 1.6
     summary, table = result.summary, result.table()
     assert summary["verdict"] == gate["verdict"] and summary["tokens"] == 512 and summary["sites"] == 4
     assert [row["site"] for row in table] == list(result.sites)
