@@ -5377,7 +5377,7 @@ def sparsify(student: GooseForCausalLM, backend: str = "auto", head: str = "dens
     encoders = {name: m for name, m in spike_modules(student).items() if isinstance(m, SpikeEncoder)}
     if not encoders or student.config.spike_kind == "dense":
         raise ValueError(f"spike_sites are {student.config.spike_sites} and spike_kind is {student.config.spike_kind}: no "
-                         "matrix product of this student is fed by spikes; train one with recipe v14.4-sites.")
+                         "matrix product of this student is fed by spikes; train one with recipe v14.4-rates.")
     reject_unknown(density or {}, spike_modules(student), "density")
     require(head != "spikes" or "head_in" in encoders, "head", head, "dense, int8 for a student without the site head_in")
     copied = copy.deepcopy(student).eval()
@@ -6007,7 +6007,7 @@ def train_short_student(name: str, profile: Profile, reason: str, steps: int = 1
     Raises FileNotFoundError in profile t4, where a run of any use takes hours.
     """
     if profile.name == "t4":
-        raise FileNotFoundError("no finished student was found: run asnn_v14_4_transfer first (recipe v14.4-sites for v16), or "
+        raise FileNotFoundError("no finished student was found: run asnn_v14_4_transfer first (recipe v14.4-rates for v16), or "
                                 "attach its output as an input.")
     full = profile.scale(get_recipe(name), seed=seed)
     task = load_task(profile.scale(get_recipe(name), seed=seed, distill_steps=min(steps, full.distill_steps)), profile)

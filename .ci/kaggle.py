@@ -30,7 +30,7 @@ from notebooks import KERNELSPEC, ROOT, Stop, exit_code, read_source, series, se
 
 DATASET = "asnn-goose"
 # The later notebooks need a student whose products are fed by spikes, so this is what the series passes on.
-PARAMETERS = {"asnn_v14_4_transfer": {"recipe": "v14.4-sites"}}
+PARAMETERS = {"asnn_v14_4_transfer": {"recipe": "v14.4-rates"}}
 # Smaller than profile tiny, in a simulated session.
 SMALLER = {
     "asnn_v14_4_transfer": {"tax_seeds": 1},

@@ -76,7 +76,7 @@ if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
 # The only cell to edit. `None` means: the newest student whose products are fed by spikes, and what the profile says.
 
 # %% tags=["parameters"]
-student = None  # "v14.4-sites/cpu-seed42", the folder of a run, or None: the newest with spikes before its products
+student = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest with spikes before its products
 profile = None  # tiny, cpu, ref, t4: how large the measurements are, and the short run that makes a student where there is none
 layers = None  # of the model whose speed is measured, width 768; None: 1 in profile tiny, else 5
 repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 9
@@ -122,7 +122,7 @@ asnn.show_preflight(device=torch.device("cpu"), precision="fp32")
 # The student, and its gate first: what follows is a claim about a network whose spikes are known to carry information, or it is marked as ungated.
 
 # %%
-loaded = asnn.load_student(student, size, reason, "v14.4-sites", without=("v16", "v17"), sites=("mix_in", "ffn_hidden"), steps=60, seed=seed)
+loaded = asnn.load_student(student, size, reason, "v14.4-rates", without=("v16", "v17"), sites=("mix_in", "ffn_hidden"), steps=60, seed=seed)
 brain, recipe, task, site_density = loaded.student, loaded.recipe, loaded.task, loaded.site_density
 settings = {"student": asnn.student_id(brain), "layers": layers, "compiled": compiled, "repeats": repeats, "quality_tokens": quality_tokens, "seed": seed, "threads": env["threads"],
             "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}

@@ -75,7 +75,7 @@ if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
 # The only cell to edit. `None` means: what the profile and the hardware say.
 
 # %% tags=["parameters"]
-student = None  # "v14.4-sites/cpu-seed42", the folder of a run, or None: the newest with spikes before its products
+student = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest with spikes before its products
 profile = None  # tiny, cpu, ref, t4: how large the measurements are, and the short run that makes a student where there is none
 layers = None  # of the student whose speed is measured, width 768; None: 2 in profile tiny, else 5
 repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 25
@@ -129,7 +129,7 @@ asnn.show_preflight(device=device, precision="auto" if device.type == "cuda" els
 # The student, its gate and its densities. What is saved by skipping is claimed for a network whose spikes are known to carry information, or marked as ungated.
 
 # %%
-loaded = asnn.load_student(student, size, reason, "v14.4-sites", without=("v16", "v17"), sites=asnn.SITES[2:-1], steps=60, seed=seed)
+loaded = asnn.load_student(student, size, reason, "v14.4-rates", without=("v16", "v17"), sites=asnn.SITES[2:-1], steps=60, seed=seed)
 brain, recipe, task, origin, site_density = loaded.student, loaded.recipe, loaded.task, loaded.metrics, loaded.site_density
 settings = {"student": asnn.student_id(brain), "layers": layers, "repeats": repeats, "contexts": contexts, "batches": batches, "compiled": compiled, "seed": seed,
             "threads": env["threads"], "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}

@@ -84,7 +84,7 @@ def test_parameters_are_set_where_the_notebook_has_them(tmp_path):
     notebook = nbformat.read(tmp_path / "push" / "asnn_v14_4_transfer.ipynb", as_version=4)
     found = {name: value_of(notebook, name) for name in ("recipe", "steps", "corpus", "tax_steps", "seed")}
     # v15 to v17 need spikes before every product, so that is what is passed on.
-    assert found == {"recipe": "v14.4-sites", "steps": 7, "corpus": "wikitext-103", "tax_steps": None, "seed": 42}
+    assert found == {"recipe": "v14.4-rates", "steps": 7, "corpus": "wikitext-103", "tax_steps": None, "seed": 42}
     metadata = json.loads((tmp_path / "push" / "kernel-metadata.json").read_text())
     assert metadata["enable_internet"] is False and notebook.metadata["kaggle"]["isInternetEnabled"] is False
     other = tmp_path / "other"
