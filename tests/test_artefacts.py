@@ -68,7 +68,7 @@ def test_other_settings_get_a_folder_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "a b", "a\\b", "x*", "../up"])
 def test_a_bad_run_name_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="run name is .*; allowed: letters, digits, '.', '_' and '-'"):
+    with pytest.raises(ValueError, match="run name is .*; allowed: at most 100 letters, digits, '.', '_' and '-'"):
         asnn.Run.open("v14.3", name, SETTINGS, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
