@@ -322,7 +322,7 @@ def test_checks_that_do_not_apply_are_neither_passed_nor_failed():
 
 
 def test_bad_version_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="version is '../x'; allowed: letters"):
+    with pytest.raises(ValueError, match="version is '../x'; allowed: at most 100 letters"):
         asnn.Run.open("../x", "name", {}, tmp_path)
     assert not list(tmp_path.iterdir())
 
