@@ -693,6 +693,17 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(), "versions": versions, "asnn_common": __version__}
 
 
+def hardware_text(env: dict[str, Any], gpus: bool = True) -> str:
+    """What a measurement in this `environment` was made on: its GPUs, without them or `gpus` its CPU and threads."""
+    threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
+    return gpus and ", ".join(env["gpus"]) or f"{env['cpu']}, {threads}"
+
+
+def versions_text(env: dict[str, Any]) -> str:
+    """The versions in an `environment`, Python's first."""
+    return ", ".join([f"Python {env['python']}", *(f"{name} {version}" for name, version in env["versions"].items())])
+
+
 # ======================================================================================================
 # 2  Spikes
 # ======================================================================================================
@@ -1964,6 +1975,8 @@ class Distiller(nn.Module):
         """input_ids, labels (B, T) -> loss and its terms, unweighted; `tau` and `lambda` are among them."""
         if not self.recipe.rate_weight or self.recipe.spike_kind == "dense":  # a dense twin has no rates
             return self.distillation(input_ids, labels, step, want_ce)
+        require(not getattr(self.student, "is_gradient_checkpointing", False), "gradient checkpointing", True,
+                "False with Recipe.rate_weight, for what is computed again comes without the rates' hooks")
         with firing_rates(self.student) as rates:
             loss, terms = self.distillation(input_ids, labels, step, want_ce)
         terms["rate"] = rate_penalty(rates, self.recipe.rate_band)
@@ -2185,6 +2198,13 @@ def wait_for_everyone() -> None:
     state = several_processes()
     if state:
         state.wait_for_everyone()
+
+
+def largest_of_all(value: float) -> float:
+    """The largest value that any process gives, so that all of them decide alike; each must call."""
+    if not several_processes():
+        return value
+    return max(import_optional("accelerate").utils.gather_object([value]))
 
 
 def how_to_go_on() -> str:
@@ -2899,8 +2919,12 @@ class ShardedObjective:
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """What the optimiser's state_dict is in a single process; empty in all processes but the first."""
         saved, keep = optimizer.state_dict(), self.distributed.get_rank() == 0
-        state = {i: {name: x.full_tensor().cpu() if hasattr(x, "device_mesh") else x for name, x in values.items()}
-                 for i, values in saved["state"].items()}
+        state: dict[int, dict[str, Any]] = {}
+        for i, values in saved["state"].items():
+            for name, x in values.items():
+                whole = x.full_tensor() if hasattr(x, "device_mesh") else x
+                if keep:
+                    state.setdefault(i, {})[name] = whole.cpu() if isinstance(whole, Tensor) else whole
         return {**saved, "state": state} if keep else {}
 
     def load_optimizer(self, optimizer: Any, saved: dict[str, Any]) -> None:
@@ -2955,6 +2979,8 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         max_steps: ends this call after so many steps, as max_hours does after so many hours.
     Raises:
         NonFiniteLoss: more than `nonfinite_limit` steps had a NaN or infinite term; each was skipped.
+        ValueError: a batch that the processes do not divide, fp16 with shared-out weights, DeepSpeed, weights that are
+            not finite.
     """
     accelerate, tqdm = import_optional("accelerate"), import_optional("tqdm").tqdm
     device, _ = select_device()
@@ -2965,7 +2991,7 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
     accelerate.state.AcceleratorState._reset_state()
     sharded = shares_of_weights() > 1
     require(not (sharded and precision == "fp16"), "precision with --use_fsdp", precision,
-            "bf16, on GPUs of compute capability 8.0 and above, or fp32")
+            "bf16, on GPUs of compute capability 8.0 and above, or fp32 (FitConfig.precision)")
     with _without_environment("ACCELERATE_USE_FSDP"):  # see ShardedObjective
         accelerator = accelerate.Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision),
                                              cpu=device.type == "cpu", project_dir=folder,
@@ -3046,13 +3072,15 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
         accelerator.log(flat, step=row["step"])
 
     def save() -> None:
+        if path is None:
+            return
         states = [_random_state()]
         if world > 1:
             states = accelerate.utils.gather_object(states)
         if shards:
             shards.gather()
         moments = shards.optimizer_state(optimizer) if shards else optimizer.state_dict()
-        if main and path:
+        if main:
             payload = {
                 "identity": identity, "objective": objective.state_dict(), "optimizer": moments,
                 "scheduler": scheduler.state_dict(), "random": states, "stopper": dict(vars(stopper)), "log": log,
@@ -3061,12 +3089,6 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 "trained_seconds": trained_seconds, "peak": max(peak, peak_memory_gb())}
             write_atomically(path, lambda file: torch.save(payload, file))
             write_atomically(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-
-    def agreed(value: float) -> float:
-        """The largest value of any process, so that all of them decide alike."""
-        if world == 1:
-            return value
-        return max(accelerate.utils.gather_object([value]))
 
     per_step = config.batch_size * config.grad_accum
     tokens_per_step = per_step * config.seq_len
@@ -3086,12 +3108,12 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 last = micro + 1 == config.grad_accum
                 if shards:
                     shards.broadcast_buffers()
-                    model.set_requires_gradient_sync(last)
-                with (accelerator.autocast() if shards else contextlib.nullcontext() if last
-                      else accelerator.no_sync(model)):
-                    loss, terms = model(inputs, labels, step=step, want_ce=want_ce)
+                # Shared-out gradients are summed each time: FSDP keeps whole ones otherwise, which zero_grad misses.
+                with contextlib.nullcontext() if last or shards else accelerator.no_sync(model):
+                    with accelerator.autocast() if shards else contextlib.nullcontext():
+                        loss, terms = model(inputs, labels, step=step, want_ce=want_ce)
                     value = float(loss.detach())
-                    if agreed(float(not math.isfinite(value))):
+                    if largest_of_all(float(not math.isfinite(value))):
                         culprit = next((f"{k} is {float(v)}" for k, v in terms.items() if not math.isfinite(float(v))),
                                        f"loss is {value}")
                         break
@@ -3162,14 +3184,14 @@ def fit(objective: nn.Module, sampler: WindowSampler, config: FitConfig,
                 stopped = "completed"
             elif not stopped and max_steps is not None and step - first_step >= max_steps:
                 stopped = "step limit"
-            elif not stopped and config.max_hours is not None and agreed(
+            elif not stopped and config.max_hours is not None and largest_of_all(
                     float(time.perf_counter() - begin >= 0.95 * 3600 * config.max_hours)):  # figures take time too
                 stopped = "time budget"
             whole = True
             if stopped or step % config.save_every == 0:
                 save()
     except KeyboardInterrupt:
-        if whole:
+        if whole and not shards:  # the others may be gathering weights for a forward pass, and would wait for ever
             save()
         raise
     finally:
@@ -3611,15 +3633,17 @@ def training_memory(recipe: Recipe, vocab_size: int, teacher_parameters: int, sh
 
     Kept for backward, per token and layer: about 46 D values in half precision (projections, norms, feed-forward of
     width 4D) and 20 D in fp32 for the recurrence; three steps of the full size on a CPU kept 173 bytes per token, layer
-    and channel.
+    and channel. An encoder of width D keeps 15 bytes more for each channel, a site whose rate is held 19 (D = 128).
     """
     with torch.device("meta"):
         count = count_parameters(GooseForCausalLM(recipe.student_config(vocab_size)))
     head, tokens = vocab_size * recipe.d_model, recipe.batch_size * recipe.seq_len
+    encoded = sum({"mix_in": 4, "mix_out": 1, "ffn_in": 1, "ffn_hidden": 4}.get(site, 0) for site in recipe.spike_sites)
+    spikes = 15 * encoded + (19 * (2 + encoded) if recipe.rate_weight else 0)
     return {"teacher weights, fp32": 4 * teacher_parameters,
             "student weights, gradients, at most two moments, fp32": 16 * count // shares,
             "half-precision copies under autocast": 2 * (count + head),
-            "activations kept for backward": tokens * recipe.n_layer * recipe.d_model * (46 * 2 + 20 * 4),
+            "activations kept for backward": tokens * recipe.n_layer * recipe.d_model * (46 * 2 + 20 * 4 + spikes),
             "gradient of the head, fp32": 4 * head, "logit chunks of the loss": LOGIT_BUDGET["cuda"],
             "CUDA context and workspaces, allowance": 2**30}
 
@@ -4683,8 +4707,11 @@ class RemediationObjective(Distiller):
 
     def __init__(self, student: GooseForCausalLM, teacher: nn.Module, recipe: Recipe, settings: Remediation,
                  layer_of: dict[str, int] | None = None):
-        weight = settings.rate_weight or recipe.rate_weight
-        super().__init__(student, teacher, recipe.replace(rate_weight=weight, rate_band=settings.rate_band))
+        # A recipe that holds the rates itself goes on doing so.
+        own = recipe.rate_weight > settings.rate_weight
+        band = recipe.rate_band if own else settings.rate_band
+        super().__init__(student, teacher, recipe.replace(
+            rate_weight=max(recipe.rate_weight, settings.rate_weight), rate_band=band))
         self.settings = settings
         self._layer_of = layer_of or SpikingBrainValidator().layer_of(
             spike_modules(student), len(transformer_blocks(student)), len(transformer_blocks(teacher)))
@@ -5838,7 +5865,7 @@ def show_table(rows: Iterable[dict[str, Any]], prose: bool = False) -> None:
         styled = frame.style.hide(axis="index")
         if prose:
             styled = styled.set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
-                                              "font-family": "monospace", "width": f"{96 // len(frame.columns)}%"})
+                                              "font-family": "monospace", "width": f"{96 // max(1, len(frame.columns))}%"})
         import_optional("IPython.display").display(styled)
     elif prose:
         for row in rows:
@@ -5852,17 +5879,6 @@ def show_preflight(task: Task | None = None, **options: Any) -> None:
     rows, advice = preflight(task, **options)
     show_table(rows)
     print("\n".join(advice) or "Nothing to change: go on.")
-
-
-def hardware_text(env: dict[str, Any], gpus: bool = True) -> str:
-    """What a measurement in this `environment` was made on: its GPUs, without them or `gpus` its CPU and threads."""
-    threads = f"{env['threads']} thread" + "s" * (env["threads"] != 1)
-    return gpus and ", ".join(env["gpus"]) or f"{env['cpu']}, {threads}"
-
-
-def versions_text(env: dict[str, Any]) -> str:
-    """The versions in an `environment`, Python's first."""
-    return ", ".join([f"Python {env['python']}", *(f"{name} {version}" for name, version in env["versions"].items())])
 
 
 class Run:
@@ -5973,6 +5989,7 @@ def find_run(name: str | None = None, without: tuple[str, ...] = (), sites: tupl
             "<version>/<run>, the folder of a finished run, or None")
     if name is not None and finished(Path(name)):
         return Path(name)
+    name = name if name is None else str(name)
     found = [path.parent for path in (outputs or outputs_folder()).glob("*/*/metrics.json") if finished(path.parent)]
     found += [path for path in attached_folders() if finished(path)]
     if name is None:

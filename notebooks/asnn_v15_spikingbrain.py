@@ -33,8 +33,8 @@
 
 # %% tags=["bootstrap"]
 import importlib.metadata
-import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,16 +62,22 @@ def find_common():
 
 
 sys.path.insert(0, str(find_common()))
-least = {"transformers": 5, "accelerate": 1, "datasets": 4, "matplotlib": 3, "pandas": 2, "tqdm": 4}
-missing = [f"{name}>={number}" for name, number in least.items() if importlib.util.find_spec(name) is None
-           or int(importlib.metadata.version(name).split(".")[0]) < number]
+
+
+def version(name):
+    try:
+        return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(name))[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+
+
+least = {"transformers": (5, 0), "accelerate": (1, 10), "datasets": (4, 0), "matplotlib": (3, 8), "pandas": (2, 2), "tqdm": (4, 66)}
+missing = [f"{name}>={major}.{minor}" for name, (major, minor) in least.items() if version(name) < (major, minor)]
 if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
     raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
-if importlib.util.find_spec("torch") is None:
-    raise ImportError("torch is missing: choose an image that has it (Kaggle and Colab do).")
-found = importlib.metadata.version("torch")
-if tuple(int(part) for part in found.split(".")[:2]) < (2, 10):
-    raise ImportError(f"torch is {found}, and 2.10 or newer is needed: choose the latest environment.")
+if version("torch") < (2, 10):
+    raise ImportError(f"torch is {'.'.join(map(str, version('torch')))}, and 2.10 or newer is needed (0.0: there is none): "
+                      "choose the latest environment; Kaggle and Colab have it.")
 
 # %% [markdown]
 # ## Parameters

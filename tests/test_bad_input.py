@@ -339,7 +339,7 @@ def test_fp16_is_refused_where_the_weights_are_shared_out(refused, tmp_path, dis
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(lambda: asnn.fit(objective, sampler, dataclasses.replace(settings, precision="fp16"), folder=tmp_path / "run"),
             ValueError, r"precision with --use_fsdp is 'fp16'; allowed: bf16, on GPUs of compute capability 8\.0 and above, "
-                        r"or fp32\.")
+                        r"or fp32 \(FitConfig\.precision\)\.")
     assert not (tmp_path / "run").exists()
 
 

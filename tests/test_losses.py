@@ -503,6 +503,13 @@ def test_a_dense_twin_has_no_firing_rates(distillation, batch):
     assert "rate" not in terms
 
 
+def test_firing_rates_and_gradient_checkpointing_exclude_each_other(distillation, batch):
+    objective, *_ = distillation("v14.4", rate_weight=2.0)
+    objective.student.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing is True; allowed: False with Recipe.rate_weight"):
+        objective(*batch)
+
+
 def test_training_brings_the_firing_rates_into_their_band(distillation, batch):
     mean = {}
     for weight in (0.0, 30.0):

@@ -132,8 +132,8 @@ def test_a_notebook_checks_all_its_parameters(source):
 
 
 @pytest.mark.parametrize("name, version, outcome", [
-    ("transformers", "4.57.3", "transformers>=5"), ("datasets", "3.6.0", "datasets>=4"), ("transformers", "5.0.0rc1", None),
-    ("torch", "2.9.1+cu128", "torch is 2.9.1+cu128, and 2.10 or newer is needed"), ("torch", "3.0", None)])
+    ("transformers", "4.57.3", "transformers>=5.0"), ("datasets", "3.6.0", "datasets>=4.0"), ("transformers", "5.0.0rc1", None), ("accelerate", "1.9", "accelerate>=1.10"),
+    ("torch", "2.9.1+cu128", "torch is 2.9, and 2.10 or newer is needed"), ("torch", "3.0", None)])
 def test_bootstrap_asks_for_versions_that_work(monkeypatch, name, version, outcome):
     """A package that is too old is installed anew; torch never is."""
     known, asked = importlib.metadata.version, []

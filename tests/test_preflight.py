@@ -143,6 +143,9 @@ def test_the_estimate_of_the_long_run_fits_a_t4_and_grows_with_the_batch():
     recipe = asnn.get_recipe("v14.4-t4")
     parts = asnn.training_memory(recipe, 50257, 124_439_808)
     assert 5 < sum(parts.values()) / 2**30 < 14 and parts["teacher weights, fp32"] == 4 * 124_439_808
+    kept = [asnn.training_memory(asnn.get_recipe(name), 50257, 124_439_808)["activations kept for backward"]
+            for name in ("v14.4", "v14.4-sites", "v14.4-rates")]
+    assert kept == sorted(set(kept))  # encoders keep more, and rates that are held more than those
     shared = asnn.training_memory(recipe, 50257, 124_439_808, shares=8)
     moments = "student weights, gradients, at most two moments, fp32"
     assert shared[moments] == parts[moments] // 8 and shared == {**parts, moments: shared[moments]}

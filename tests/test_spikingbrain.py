@@ -1541,3 +1541,11 @@ def test_a_remedy_of_which_nothing_is_on_logs_none_of_its_terms(remedy_of, passi
     assert result.before is passing and result.training.step == 4
     assert all({"rate", "spike alignment", "fdd"}.isdisjoint(row) for row in result.training.log)
     assert result.student.config.to_dict() == student.config.to_dict()
+
+
+def test_a_recipe_that_holds_its_rates_goes_on_in_the_remedy(student_of, teacher, small_recipe):
+    recipe = small_recipe("v14.3", rate_weight=10.0, rate_band=(0.1, 0.4))
+    for weight, expected in ((0.0, (10.0, (0.1, 0.4))), (3.0, (10.0, (0.1, 0.4))), (20.0, (20.0, (0.3, 0.5)))):
+        settings = asnn.Remediation(rate_weight=weight, rate_band=(0.3, 0.5))
+        objective = asnn.RemediationObjective(student_of("vector"), teacher.model, recipe, settings)
+        assert (objective.recipe.rate_weight, objective.recipe.rate_band) == expected

@@ -238,6 +238,19 @@ for key, name, overrides in (("v14.3", "v14.3", {}), ("v14.3-published", "v14.3-
     result = asnn.fit(*objective(name, **overrides))
     curves[key] = [[row["loss"], row["align" if "align" in row else "kd"], row["grad_norm"]] for row in result.log]
 
+# A step whose second part is not finite: it is left out, with all that its first part has left.
+calls, plain = [0], asnn.Distiller.forward
+
+def poisoned(self, *args, **more):
+    loss, terms = plain(self, *args, **more)
+    calls[0] += 1
+    return loss * (float("nan") if calls[0] == 6 else 1.0), terms
+
+asnn.Distiller.forward = poisoned
+result = asnn.fit(*objective("v14.3", grad_accum=2))
+asnn.Distiller.forward = plain
+curves["poisoned"] = [[row["loss"], row["kd"], row["grad_norm"]] for row in result.log]
+
 # An evaluation, of batches that cannot be shared out evenly; then a run that evaluates, saves and finishes.
 made, sampler, settings = objective("v14.3")
 held_out = np.random.default_rng(1).integers(0, 64, 16 * 13 + 6).astype(np.uint16)
@@ -331,7 +344,7 @@ def test_several_processes_give_the_loss_curve_of_one_and_one_of_them_writes(tmp
         assert measured["processes"] == count and bool(measured["written"]) == (rank == 0)
         assert measured["evaluation"] == one["evaluation"]  # to the bit
         for name in one.keys() - {"processes", "written", "evaluation"}:
-            assert len(one[name]) == (2 if name == "validation" else 6)
+            assert len(one[name]) == {"validation": 2, "poisoned": 5}.get(name, 6)
             np.testing.assert_allclose(measured[name], one[name], atol=1e-4, rtol=1e-3, err_msg=name)
 
 
