@@ -152,7 +152,8 @@ PARAMETERS = {
     **{name: ("str | None", 0) for name in ("student", "profile", "corpus", "teacher", "tracker", "run_name")},
     "recipe": ("str", 0), "seed": ("int", 0), "tax_seeds": ("int", 0), "damage_windows": ("int", 2),
     "tokens": ("int | None", 2048), "price_per_hour": ("float", 0.0), "max_hours": ("float | None", None),
-    **{name: ("int | None", 1) for name in ("steps", "tax_steps", "remedy_steps", "layers", "repeats", "quality_tokens")},
+    **{name: ("int | None", 1) for name in (
+        "steps", "tax_steps", "remedy_steps", "layers", "repeats", "quality_tokens")},
     **{name: ("bool | None", 0) for name in ("remedy", "compiled")},
     **{name: ("list | None", 1) for name in ("contexts", "batches")}}
 
@@ -384,8 +385,9 @@ class Recipe:
             require(getattr(self, name) in allowed, f"Recipe.{name}", getattr(self, name), ", ".join(allowed))
         spike_levels(self.spike_kind)
         check_fields(self, (
-            "matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "rate_weight", "weight_decay",
-            "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps", "seed"),
+            "matrix_lr", "kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "rate_weight",
+            "weight_decay", "min_delta", "fdd_start", "fdd_max_regression", "align_steps", "ce_start", "anneal_steps",
+            "seed"),
             ("warmup_ratio", "lambda_warmup_ratio", "lambda_max", "beta2"))
         require(self.beta2 < 1, "Recipe.beta2", self.beta2, "a number in [0, 1)")
         check_sites(self.spike_sites, "Recipe.spike_sites")
@@ -408,7 +410,8 @@ class Recipe:
                                                       (pairs.items() if isinstance(pairs, dict) else pairs)))
             except (TypeError, ValueError):
                 require(False, "Recipe.layer_map", pairs, "pairs of a student layer and a teacher layer")
-        for name, what in (("spike_sites", "None or a list of the names of sites"), ("rate_band", "a list of two shares"),
+        for name, what in (("spike_sites", "None or a list of the names of sites"),
+                           ("rate_band", "a list of two shares"),
                            ("transfer_layers", "None or a list of the numbers of teacher layers")):
             value = overrides.get(name)
             require(value is None or isinstance(value, (tuple, list)), f"Recipe.{name}", value, what)
@@ -490,8 +493,8 @@ def _history() -> dict[str, Recipe]:
         ce_weight=0.2, fdd="none", align_steps=833, patience=5000, optimizer="muon", lr=4e-4, matrix_lr=1e-3, beta2=0.95)
     v14_4_sites = v14_4.replace(name="v14.4-sites", changed="v14.4 with every weight product of the layers fed by spikes",
                                 spike_sites=SITES[:-1])
-    v14_4_rates = v14_4_sites.replace(name="v14.4-rates", changed="v14.4-sites with the firing rates of all channels held "
-                                      "in [0.22, 0.57]", rate_weight=10.0)
+    v14_4_rates = v14_4_sites.replace(name="v14.4-rates", changed="v14.4-sites with the firing rates of all channels "
+                                      "held in [0.22, 0.57]", rate_weight=10.0)
     v14_4_vector = v14_4.replace(name="v14.4-vector", changed="v14.4 with the founders' vector state",
                                  state_kind="vector")
     # 16,384 tokens a step; at an estimated 10,000 tokens/s of a T4, 12,000 steps are 5.5 hours.
@@ -500,10 +503,12 @@ def _history() -> dict[str, Recipe]:
                              distill_steps=12_000, align_steps=2000, eval_every=500, patience=12_000,
                              warmup_ratio=0.05)
     # The width of gpt2-xl, four of its seven layers: 1.01B parameters, for GPUs that share the weights out.
-    v14_4_1b = v14_4_t4.replace(name="v14.4-1b", changed="v14.4-t4 at 1.0B parameters, from GPT-2 XL", outcome="never run",
-                                teacher="gpt2-xl", d_model=1600, n_layer=28, max_hours=None, batch_size=16, grad_accum=2)
+    v14_4_1b = v14_4_t4.replace(name="v14.4-1b", changed="v14.4-t4 at 1.0B parameters, from GPT-2 XL",
+                                outcome="never run", teacher="gpt2-xl", d_model=1600, n_layer=28, max_hours=None,
+                                batch_size=16, grad_accum=2)
     return {r.name: r for r in (v4, v6, v7, v8, v9, v10, v11, v11_1, v12, v12_1, v13, v13_1, v14, v14_1, v14_2,
-                                v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_rates, v14_4_vector, v14_4_t4, v14_4_1b)}
+                                v14_3, published, cumsum, v14_4, v14_4_sites, v14_4_rates, v14_4_vector, v14_4_t4,
+                                v14_4_1b)}
 
 
 RECIPES: dict[str, Recipe] = _history()
@@ -1823,8 +1828,9 @@ def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
         sites = {**{f"mix_in.{name}": module for name, module in mix.mix_in.items()}, "k": mix.spike_k,
                  "v": mix.spike_v, "mix_out": mix.mix_out, "ffn_in": ffn.ffn_in, "ffn_hidden": ffn.ffn_hidden}
         found.update({f"{i}.{name}": getattr(m, "encoder", m) for name, m in sites.items()})
-    found["head_in"] = getattr(getattr(student.get_output_embeddings(), "encode", student.base_model.head_in), "encoder",
-                               student.base_model.head_in)  # a sparse copy (section 9) has encoders inside other modules
+    head_in = student.base_model.head_in
+    # A sparse copy (section 9) has encoders inside other modules.
+    found["head_in"] = getattr(getattr(student.get_output_embeddings(), "encode", head_in), "encoder", head_in)
     return {name: m for name, m in found.items() if isinstance(m, (TernarySpike, SpikeEncoder))}
 
 
@@ -2097,8 +2103,8 @@ class HubUnavailable(RuntimeError):
         online = ""
         if where_am_i() == "kaggle":
             online = "switch on Settings > Internet (once the phone number of the account is verified), or "
-        super().__init__(f"{what} could not be fetched from the Hugging Face hub ({reason}): {online}attach it as a Kaggle "
-                         "dataset or model, or give a folder that holds it, or use corpus='pydocs' with "
+        super().__init__(f"{what} could not be fetched from the Hugging Face hub ({reason}): {online}attach it as a "
+                         "Kaggle dataset or model, or give a folder that holds it, or use corpus='pydocs' with "
                          "teacher='train', which need no download.")
 
 
@@ -2509,7 +2515,8 @@ def load_teacher(spec: str) -> Teacher:
     ValueError for a folder that cannot be loaded or holds no causal language model (see check_teacher), HubUnavailable
     for an id that cannot be fetched.
     """
-    require(isinstance(spec, (str, Path)) and bool(str(spec)), "teacher", spec, "gpt2, another hub id, a folder, or train")
+    require(isinstance(spec, (str, Path)) and bool(str(spec)), "teacher", spec,
+            "gpt2, another hub id, a folder, or train")
     transformers, spec = import_optional("transformers"), str(spec)
     if spec == "ref":
         spec = str(_reference_task() / "teacher")
@@ -2735,14 +2742,15 @@ def orthogonalise(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.flo
 def orthogonalise_shared(shares: list[Tensor], steps: int = 5, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """`orthogonalise` of matrices (m, n) that lie in parts on several processes (DTensor), at most as many as there are
     processes: each gathers them all, works on one, and gets its part of the others from those who worked on them."""
-    distributed, tensor = importlib.import_module("torch.distributed"), importlib.import_module("torch.distributed.tensor")
+    distributed = importlib.import_module("torch.distributed")
+    distribute_tensor = importlib.import_module("torch.distributed.tensor").distribute_tensor
     whole = [share.full_tensor() for share in shares]
     results = [torch.empty_like(x, dtype=dtype) for x in whole]
     if (rank := distributed.get_rank()) < len(whole):
         results[rank] = orthogonalise(whole[rank], steps, dtype).contiguous()
     for source, result in enumerate(results):
         distributed.broadcast(result, source)
-    return [tensor.distribute_tensor(result, share.device_mesh, share.placements, src_data_rank=None)
+    return [distribute_tensor(result, share.device_mesh, share.placements, src_data_rank=None)
             for result, share in zip(results, shares)]
 
 
@@ -2842,9 +2850,9 @@ class ShardedObjective:
     """An objective for `accelerate launch --use_fsdp`: a process holds its part of the matrices, of their gradients and
     of the optimiser's state (FSDP2, torch's fully_shard), and all of the vectors.
 
-    `model`, a copy in parts, is trained. The objective itself waits on the CPU and is brought up to date by `gather`, so
-    that evaluation, early stopping and checkpoints are those of a single process, and a checkpoint fits any number of
-    them. Sharding is not left to accelerate, which has none on a CPU, where this is tested. Every process must make
+    `model`, a copy in parts, is trained. The objective itself waits on the CPU and is brought up to date by `gather`,
+    so that evaluation, early stopping and checkpoints are those of a single process, and a checkpoint fits any number
+    of them. Sharding is not left to accelerate, which has none on a CPU, where this is tested. Every process must make
     every call.
     """
 
@@ -3287,7 +3295,8 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
 
 def perplexity_gap(student: Evaluation, teacher: Evaluation) -> tuple[float, float]:
     """(gap, standard error): student PPL / teacher PPL on the same windows; the error is of the paired difference."""
-    require(student.tokens == teacher.tokens, "tokens of student and teacher", (student.tokens, teacher.tokens), "equal")
+    counts = (student.tokens, teacher.tokens)
+    require(counts[0] == counts[1], "tokens of student and teacher", counts, "equal")
     gap = student.ppl / teacher.ppl
     difference = student.window_nll - teacher.window_nll
     return gap, gap * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.nan
@@ -3691,7 +3700,8 @@ def preflight(task: Task | None = None, precision: str = "auto", max_hours: floa
             advice.append(f"The GPU cannot be used, {device_reason}.")
         elif trains and env["platform"] != "local":
             offer = " (offered once the phone number of the account is verified)" if env["platform"] == "kaggle" else ""
-            advice.append(f"This {place} session has no GPU: {click}{offer}; without one only small profiles make sense.")
+            advice.append(f"This {place} session has no GPU: {click}{offer}; without one only small profiles make "
+                          "sense.")
     row("CPU", hardware_text(env, gpus=False))
     row("precision", chosen, precision_reason)
     outputs = outputs_folder()
@@ -5864,8 +5874,9 @@ def show_table(rows: Iterable[dict[str, Any]], prose: bool = False) -> None:
     if "ipykernel" in sys.modules:
         styled = frame.style.hide(axis="index")
         if prose:
-            styled = styled.set_properties(**{"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
-                                              "font-family": "monospace", "width": f"{96 // max(1, len(frame.columns))}%"})
+            styled = styled.set_properties(**{
+                "text-align": "left", "white-space": "pre-wrap", "vertical-align": "top", "font-family": "monospace",
+                "width": f"{96 // max(1, len(frame.columns))}%"})
         import_optional("IPython.display").display(styled)
     elif prose:
         for row in rows:
@@ -6024,7 +6035,8 @@ def train_short_student(name: str, profile: Profile, reason: str, steps: int = 1
     Raises FileNotFoundError in profile t4, where a run of any use takes hours.
     """
     if profile.name == "t4":
-        raise FileNotFoundError("no finished student was found: run asnn_v14_4_transfer first (recipe v14.4-rates for v16), or "
+        raise FileNotFoundError("no finished student was found: run asnn_v14_4_transfer first (recipe v14.4-rates for "
+                                "v16), or "
                                 "attach its output as an input.")
     full = profile.scale(get_recipe(name), seed=seed)
     task = load_task(profile.scale(get_recipe(name), seed=seed, distill_steps=min(steps, full.distill_steps)), profile)
