@@ -1151,7 +1151,7 @@ def test_a_saved_copy_loads_as_it_was_or_is_refused(students, ids, tmp_path):
 
 @pytest.mark.parametrize("options, arguments, message", [
     ({"spike_sites": ("k", "v")}, {}, r"^spike_sites are \['k', 'v'\] and spike_kind is ternary: no matrix "
-     r"product of this student is fed by spikes; train one with recipe v14\.4-sites\.$"),
+     r"product of this student is fed by spikes; train one with recipe v14\.4-rates\.$"),
     ({"spike_kind": "dense"}, {}, "spike_kind is dense: no matrix product of this student is fed by spikes"),
     ({}, {"backend": "magic"}, WRONG_BACKEND),
     ({}, {"head": "magic"}, "^head is 'magic'; allowed: dense, int8, spikes.$"),
