@@ -266,7 +266,8 @@ def test_a_remedy_is_finished_by_a_second_session_and_claimed_only_then(tmp_path
         folder = outputs / "v15" / "night"
         gate, found = (json.loads((folder / name).read_text()) for name in ("gate.json", "validation.json"))
         assert json.loads((folder.parent / "gate.json").read_text()) == gate
-        said = ("The remedy is unfinished, time budget at step 1 of 4: run all cells again with the same parameters "
+        said = ("The remedy is unfinished, time budget at step 1 of 4: attach the output of this version with "
+                "Add Input, then run all cells again with the same parameters "
                 "to go on.")
         assert done.stdout.count(said) == (2 if session == "first" else 0)
         assert ("gate after the remedy" in done.stdout) == (session == "second")
@@ -281,9 +282,9 @@ def test_a_remedy_is_finished_by_a_second_session_and_claimed_only_then(tmp_path
 
 
 @pytest.mark.parametrize("name, values, sentence", [
-    ("asnn_v15_spikingbrain", {"tokens": 0}, "tokens is 0; allowed: None or a whole number from 2048."),
+    ("asnn_v15_spikingbrain", {"tokens": 0}, "tokens is 0; allowed: a whole number from 2048 or None."),
     ("asnn_v15_spikingbrain", {"student": "v14.4/nonsense"}, "student is 'v14.4/nonsense'; allowed: "),
-    ("asnn_v16_sparse", {"repeats": -1}, "repeats is -1; allowed: None or a whole number from 1.")])
+    ("asnn_v16_sparse", {"repeats": -1}, "repeats is -1; allowed: a whole number from 1 or None.")])
 def test_bad_parameters_end_a_notebook_in_one_sentence_before_anything_is_made(tmp_path, name, values, sentence):
     env, working, _ = kaggle(tmp_path, 1)
     notebook = working / f"{name}.py"
