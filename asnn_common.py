@@ -2,7 +2,7 @@
 
 Contents
     1  Configuration   GooseConfig, Recipe, RECIPES, get_recipe, Profile, PROFILES, select_profile,
-                       environment
+                       environment, hardware_text, versions_text
     2  Spikes          ternary_spike, SpikeStatistics, TernarySpike, SpikeEncoder
     3  Recurrence      recurrence_reference, _chunked, _step, _cumsum; matrix_recurrence_reference, _chunked, _step
     4  Model           GooseState, TimeMix, MatrixTimeMix, GooseBlock, GooseModel, GooseForCausalLM
@@ -20,7 +20,7 @@ Contents
     10 Efficiency      random_student, quantize_int8, Decoder, EnergyMeter, energy_estimate, Bench, bench
     11 Artefacts       Run, runs, find_run, load_run, train_short_student, gate_status, LoadedStudent, load_student,
                        quality_table, sample_texts, run_metrics, run_checks, results_table, model_card, figure_style,
-                       plain_log, show_table, show_preflight, hardware_text, versions_text
+                       plain_log, show_table, show_preflight
 
 Glossary
     B batch, T tokens in a window, D model width, H heads, N head width (D = H*N), L layers, V vocabulary,
@@ -147,6 +147,11 @@ def check_numbers(values: dict[str, Any], kinds: dict[str, str], owner: str = ""
         require(known, label, value, allowed + (" or None" if optional else ""))
 
 
+def is_word(value: Any) -> bool:
+    """True for what can be a name or a path: a string or a Path that is not empty."""
+    return isinstance(value, (str, Path)) and bool(str(value))
+
+
 # The notebooks' parameters: a kind, as an annotation says it, and for numbers the least one that is allowed.
 PARAMETERS = {
     **{name: ("str | None", 0) for name in ("student", "profile", "corpus", "teacher", "tracker", "run_name")},
@@ -167,7 +172,7 @@ def check_parameters(**values: Any) -> None:
         annotation, least = PARAMETERS[name]
         kind, _, optional = annotation.partition(" | ")
         if kind == "str":
-            allowed, fits = "a word", isinstance(value, (str, Path)) and bool(str(value))
+            allowed, fits = "a word", is_word(value)
         elif kind == "int":
             most = 2**32 - 1 if name == "seed" else math.inf
             allowed = f"a whole number from {least}" + (f" to {most:,}" if name == "seed" else "")
@@ -2305,7 +2310,7 @@ def load_corpus(name: str, max_chars: int | None = None) -> Corpus:
         return _wikitext(name)
     if name == "ref":
         return Corpus.from_folder("ref", _reference_task() / "corpus")
-    require(isinstance(name, (str, Path)) and bool(str(name)) and Path(name).is_dir(), "corpus", name,
+    require(is_word(name) and Path(name).is_dir(), "corpus", name,
             f"pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists")
     return Corpus.from_folder(Path(name).name, Path(name))
 
@@ -2515,8 +2520,7 @@ def load_teacher(spec: str) -> Teacher:
     ValueError for a folder that cannot be loaded or holds no causal language model (see check_teacher), HubUnavailable
     for an id that cannot be fetched.
     """
-    require(isinstance(spec, (str, Path)) and bool(str(spec)), "teacher", spec,
-            "gpt2, another hub id, a folder, or train")
+    require(is_word(spec), "teacher", spec, "gpt2, another hub id, a folder, or train")
     transformers, spec = import_optional("transformers"), str(spec)
     if spec == "ref":
         spec = str(_reference_task() / "teacher")
@@ -5996,7 +6000,7 @@ def find_run(name: str | None = None, without: tuple[str, ...] = (), sites: tupl
     def finished(path: Path) -> bool:
         return all((path / part).is_file() for part in ("config.json", "metrics.json", "student/config.json"))
 
-    require(name is None or isinstance(name, (str, Path)) and bool(str(name)), "student", name,
+    require(name is None or is_word(name), "student", name,
             "<version>/<run>, the folder of a finished run, or None")
     if name is not None and finished(Path(name)):
         return Path(name)

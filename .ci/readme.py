@@ -78,7 +78,7 @@ def bench_table(folder=ROOT / "outputs" / "reference" / "v17"):
         lines.append(f"| {row['system']} | {asnn.Timing(**row['decode']).text()}, {1e3 * row['decode']['p95']:.2f} | {row['tokens/s']:.1f} | {row['decode']['median'] / best['decode']['median']:.2f} | "
                      f"{' + '.join(f'{size / 2**20:.1f}' for size in row['memory'].values())} = {whole(row) / 2**20:.0f} | {'not trained' if gap is None else format(gap, '.3f')} |")
     n = rows[0]["decode"]["runs"]
-    lines += ["", f"Batch 1, context {found['context']}, {found['hardware']}, medians of {n} interleaved measurements ({found.get('measured twice', 'the later ones')} where a case was measured twice); a second run differed by "
+    lines += ["", f"Batch 1, context {found['context']}, {found['hardware']}, medians of {n} interleaved measurements ({found['measured twice']} where a case was measured twice); a second run differed by "
               f"{100 * max(abs(r - 1) for r in found['agreement'].values()):.1f} % at most (all measured; {'gated' if found['gated'] else 'ungated'})."]
     return "\n".join(lines)
 
