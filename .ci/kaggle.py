@@ -29,8 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from notebooks import KERNELSPEC, ROOT, Stop, exit_code, read_source, series, set_ids, tags  # noqa: E402
 
 DATASET = "asnn-goose"
-# The later notebooks need a student whose products are fed by spikes, so this is what the series passes on.
-PARAMETERS = {"asnn_v14_4_transfer": {"recipe": "v14.4-rates"}}
 # Smaller than profile tiny, in a simulated session.
 SMALLER = {
     "asnn_v14_4_transfer": {"tax_seeds": 1},
@@ -122,7 +120,7 @@ def push_folder(name, target, owner, offline=False, values=()):
     source, *others = series(names=[name])
     if others:
         raise Stop(f"{name} is part of several names: {', '.join(path.stem for path in (source, *others))}.")
-    values = {**PARAMETERS.get(source.stem, {}), **dict(values)}
+    values = dict(values)
     notebook = read_source(source)
     for cell in notebook.cells:
         if "parameters" in tags(cell):

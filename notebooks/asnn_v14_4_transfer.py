@@ -85,7 +85,7 @@ if version("torch") < (2, 10):
 # The only cell to edit. `None` means: what the profile says.
 
 # %% tags=["parameters"]
-recipe = "v14.4"  # v14.4, v14.4-sites (spikes before every product), v14.4-rates (fewer of them), v14.4-vector, v14.4-t4 (long), or one of the history
+recipe = "v14.4-rates"  # spikes before every product, held in a band: what v16 and v17 need; v14.4 (keys and values only), v14.4-sites, v14.4-vector, v14.4-t4 (long), or one of the history
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: ASNN_PROFILE, else by hardware
 corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with train.txt, validation.txt, test.txt
 teacher = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)

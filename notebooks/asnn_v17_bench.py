@@ -173,7 +173,7 @@ if device.type == "cpu":
         systems |= {f"{name}, compiled": asnn.compile_step(copy.deepcopy(systems[name])) for name in ("student, dense", "student, dense int8", "student, gather", "student, gather_int8")}
     precision = "fp32 unless a name says int8"
 else:
-    precision, why = asnn.select_precision("auto", device)
+    precision, why = asnn.select_precision(device)
     for name, model in systems.items():
         model.to(device)
         if precision != "fp32":

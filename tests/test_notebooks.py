@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import asnn_common as asnn
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 NOTEBOOK = ROOT / "notebooks" / "asnn_v14_3_distill"
 
 
@@ -317,3 +319,25 @@ def test_readme_check_says_no():
     for what in ("results", "gate"):
         with pytest.raises(ValueError, match=f"has no place for the {what}"):
             tool.rendered("no marks here", "", what)
+
+
+def cell_of(name, word):
+    """The source of the only cell of a notebook with a word in it."""
+    [cell] = [c for c in (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8").split("# %%") if word in c]
+    return cell
+
+
+def test_v17_chooses_the_precision_of_a_gpu(monkeypatch):
+    [line] = re.findall(r"precision, why = (.*)", cell_of("asnn_v17_bench", "precision, why ="))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    precision, why = eval(line, {"asnn": asnn, "device": torch.device("cuda")})
+    assert precision == "fp16" and "7.5" in why
+
+
+@pytest.mark.parametrize("name", ["asnn_v15_spikingbrain", "asnn_v16_sparse", "asnn_v17_bench"])
+def test_the_default_student_of_v14_4_is_one_that_later_notebooks_take(name):
+    cell = cell_of(name, "asnn.load_student(")
+    asked = {"recipe": cell_of("asnn_v14_4_transfer", 'tags=["parameters"]')}
+    recipe = asnn.get_recipe(re.search(r'^recipe = "(.*?)"', asked["recipe"], re.M)[1])
+    found = re.search(r"sites=(\(.*?\)|asnn\.SITES\[.*?\])", cell)
+    assert set(eval(found[1], {"asnn": asnn}) if found else ()) <= set(recipe.spike_sites)
