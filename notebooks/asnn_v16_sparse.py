@@ -14,449 +14,422 @@
 # %% [markdown]
 # # ASNN-Goose v16: skip the zeros
 #
-# [![Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://www.kaggle.com/code/new)
-# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload=true)
-# ![Python 3.11-3.13](https://img.shields.io/badge/python-3.11--3.13-blue)
-# ![torch 2.10+](https://img.shields.io/badge/torch-2.10%2B-orange)
+# <a href="https://kaggle.com/kernels/welcome?src=https://github.com/OWNER/REPO/blob/main/
+# notebooks/asnn_v16_sparse.ipynb"><img alt="Open in Kaggle"
+# src="https://kaggle.com/static/images/open-in-kaggle.svg"></a>
+# <a href="https://colab.research.google.com/github/OWNER/REPO/blob/main/
+# notebooks/asnn_v16_sparse.ipynb"><img alt="Open in Colab"
+# src="https://colab.research.google.com/assets/colab-badge.svg"></a>
 #
-# A product of weights and spikes needs only the weights of channels that fired. For one token at a time that is what counts: decoding waits for memory, and rows that are not read cost nothing, at any density.
-# This notebook takes a student whose products are fed by spikes, replaces each Linear by one that gathers rows, and shows with a stopwatch what that is worth: for one product, for every density and batch, and for the whole model.
-# Libraries' sparse formats are measured beside it, and lose where they lose. Nothing is assumed: the choice between backends comes from a table measured on the machine at hand.
+# **Needs** `asnn_common.py`, outputs of v14.4, and of v15, whose gate it reads. The CPU is
+# measured, also where there is a GPU: about five minutes and 4 GB on Kaggle or Colab (an
+# estimate), three minutes and 4 GB on two CPU cores.
+# *Run All* needs no editing. The last line you should see begins with `Finished: v16`.
 #
-# *Run All* needs no editing: the newest student with spikes before its products is taken.
-
-# %% [markdown]
-# ## Set-up
-# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a small package that is missing or too old where there is internet, and never torch.
+# A product of weights and spikes needs only the weights of channels that fired, and decoding waits
+# for memory. This notebook replaces each product that spikes feed by one that gathers rows, and
+# takes the time: of one product, of every density and number of tokens, and of the whole model. The
+# sparse formats of the library stand beside it, and lose where they lose.
 
 # %% tags=["bootstrap"]
-import importlib.metadata
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
-# Threads that wait give up soon: on a shared machine with few cores, spinning ones slow the working ones tenfold.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+here = Path(globals().get("__file__", "notebook")).resolve().parent
+near = [Path(os.environ.get("ASNN_HOME") or here), here, here.parent, Path.cwd(), Path.cwd().parent]
+inputs = [*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input", "/kaggle/usr/lib"]
+found = [folder / "asnn_common.py" for folder in near if (folder / "asnn_common.py").is_file()]
+found += [path for root in inputs if root for path in sorted(Path(root).rglob("asnn_common.py"))]
+if not found:
+    raise FileNotFoundError("asnn_common.py was not found: attach it as a Kaggle dataset, upload "
+                            "it beside this notebook, or set ASNN_HOME to its folder.")
+sys.path.insert(0, str(found[0].parent))
+import asnn_common as asnn  # noqa: E402
 
-
-def find_common():
-    here = Path(globals().get("__file__", "notebook.py")).resolve().parent
-    near = [Path(os.environ["ASNN_HOME"])] if os.environ.get("ASNN_HOME") else []
-    near += [here, here.parent, Path.cwd(), Path.cwd().parent]
-    roots = [*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input", "/kaggle/usr/lib", "/content"]
-    for folder in near:
-        if (folder / "asnn_common.py").is_file():
-            return folder
-    level = [Path(root) for root in roots if root and Path(root).is_dir()]
-    for _ in range(7):
-        for folder in sorted(level):
-            if (folder / "asnn_common.py").is_file():
-                return folder
-        level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
-    raise FileNotFoundError("asnn_common.py was not found: attach it as a Kaggle dataset or utility script, upload it "
-                            "beside this notebook, or set ASNN_HOME to its folder.")
-
-
-sys.path.insert(0, str(find_common()))
-
-
-def version(name):
-    try:
-        return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(name))[:2])
-    except importlib.metadata.PackageNotFoundError:
-        return (0, 0)
-
-
-least = {"transformers": (5, 0), "accelerate": (1, 10), "datasets": (4, 0), "matplotlib": (3, 8), "pandas": (2, 2), "tqdm": (4, 66)}
-missing = [f"{name}>={major}.{minor}" for name, (major, minor) in least.items() if version(name) < (major, minor)]
-if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
-    raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
-if version("torch") < (2, 10):
-    raise ImportError(f"torch is {'.'.join(map(str, version('torch')))}, and 2.10 or newer is needed (0.0: there is none): "
-                      "choose the latest environment; Kaggle and Colab have it.")
+print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 
 # %% [markdown]
 # ## Parameters
-# The only cell to edit. `None` means: the newest student whose products are fed by spikes, and what the profile says.
+# The only cell to edit. `None` means: the newest student whose products are fed by spikes, and what
+# the profile says.
 
 # %% tags=["parameters"]
-student = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest with spikes before its products
-profile = None  # tiny, cpu, ref, t4: how large the measurements are, and the short run that makes a student where there is none
+student_run = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest that fits
+profile = None  # tiny (seconds), cpu, ref, t4: how much is measured; None: by hardware
 layers = None  # of the model whose speed is measured, width 768; None: 1 in profile tiny, else 5
 repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 9
-compiled = None  # also measure whole models whose small operations torch.compile has fused; None: yes, but not in profile tiny
-quality_tokens = None  # tokens on which perplexities are compared; None: 2,048 in profile tiny, else 20,480
+compiled = None  # also let torch.compile fuse the small operations; None: not in profile tiny
 seed = 42
 run_name = None  # None: <version>-<run> of the student; a finished run is never overwritten
 
 # %% [markdown]
-# ## Configuration and environment
-# Timings belong to one machine and one number of threads; both are printed with them. It is the CPU that is measured, also where there is a GPU: the kernel and the int8 forms exist for the CPU only.
+# ## Student
+# Its spikes are known to carry information (the gate of v15), or it is marked as ungated.
 
 # %%
-import copy
-import dataclasses
-import json
-import math
+import itertools
 import time
 import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from tqdm import tqdm
+from torch.nn import functional as F
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
-import asnn_common as asnn  # noqa: E402
-
-asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
-begin = time.perf_counter()
-asnn.check_parameters(student=student, profile=profile, layers=layers, repeats=repeats, compiled=compiled,
-                      quality_tokens=quality_tokens, seed=seed, run_name=run_name)
-size, reason = asnn.select_profile(profile)
-tiny = size.name == "tiny"
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+asnn.figure_style()  # colours that people with any colour vision tell apart
+begin, env = time.perf_counter(), asnn.environment()
+tiny = asnn.get_recipe("v14.4-sites", profile).profile == "tiny"
 compiled = not tiny if compiled is None else compiled
-layers, repeats, quality_tokens = layers or (1 if tiny else 5), repeats or (3 if tiny else 9), quality_tokens or (2048 if tiny else 20_480)
-env = asnn.environment()
-hardware = asnn.hardware_text(env, gpus=False)
-print(reason)
-asnn.show_preflight(device=torch.device("cpu"), precision="fp32")
-
-# %% [markdown]
-# The student, and its gate first: what follows is a claim about a network whose spikes are known to carry information, or it is marked as ungated.
-
-# %%
-loaded = asnn.load_student(student, size, reason, "v14.4-rates", without=("v16", "v17"), sites=("mix_in", "ffn_hidden"), steps=60, seed=seed)
-brain, recipe, task, site_density = loaded.student, loaded.recipe, loaded.task, loaded.site_density
-settings = {"student": asnn.student_id(brain), "layers": layers, "compiled": compiled, "repeats": repeats, "quality_tokens": quality_tokens, "seed": seed, "threads": env["threads"],
-            "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}
-run = asnn.Run.open("v16", run_name or loaded.name, json.loads(json.dumps(settings)))
-print(loaded)
-print(loaded.gate)
-print(run.note)
+layers, repeats = layers or (1 if tiny else 5), repeats or (3 if tiny else 9)
+hardware = f"{env['cpu']}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
+loaded = asnn.load_student(student_run, without=("v16", "v17"), sites=("mix_in", "ffn_hidden"))
+student, task, site_density = loaded.student, loaded.task, loaded.site_density
+name = f"{loaded.metrics['version']}/{loaded.metrics['run']}"
+settings = {"student": student.content_hash(), "layers": layers, "repeats": repeats, "seed": seed,
+            "compiled": compiled, "threads": env["threads"]}
+run = asnn.Run.open("v16", run_name or loaded.name, settings)
+print(f"{loaded}\nThe student is {loaded.gate}.\n{run.note}; {hardware}")
 
 # %% [markdown]
 # ## Where the spikes are
-# The share of multiply-accumulates that spikes feed, and how often a spike is zero there: what can be skipped at all.
+# Of the multiply-accumulates that spikes feed, those of channels that do not fire can be skipped.
 
 # %%
-products = asnn.matrix_products(brain)
-total = sum(row["macs"] for row in products)
-asnn.show_table([{"product": row["product"], "site": row["site"] or "-", "MACs per token": f"{row['macs']:,}", "share": f"{100 * row['macs'] / total:.1f} %",
-                  "fed by spikes": "yes" if row["fed"] else "no", "density": " ".join(f"{d:.2f}" for d in asnn.densities_at(loaded.density, row["site"])) or "-"} for row in products])
-fed = sum(row["macs"] for row in products if row["fed"] and row["site"])
-print(f"{100 * fed / total:.0f} % of all MACs are products with weights that spikes feed; mean densities " + ", ".join(f"{s} {d:.2f}" for s, d in site_density.items()) + " (measured, 8 validation windows)")
+products = pd.DataFrame(asnn.operations(student, loaded.density)).query("MACs > 0")
+products = products.groupby("product", sort=False).agg(
+    {"site": "first", "MACs": "sum", "adds": "sum"})
+asnn.show_table([{
+    "product": row.Index, "site": row.site, "MACs per token": f"{row.MACs:,}",
+    "share": f"{100 * row.MACs / products.MACs.sum():.1f} %",
+    "channels that fire": f"{row.adds / row.MACs:.2f}" if row.adds else "no spikes"}
+    for row in products.itertuples()])
+fed = products.MACs[products.adds > 0].sum() / products.MACs.sum()
+print(f"spikes feed {100 * fed:.0f} % of all MACs (rates measured on validation windows)")
+
+# %% [markdown]
+# ## Ways to multiply
+# `gather` and `gather_int8` are the project's: a C++ kernel adds the rows of channels that fired.
+# The others are the library's, and blocks of 32 channels skipped together.
+
+# %%
+def embedding_bag(rows, spikes):
+    """rows (X, out) in fp32 or packed int8, spikes (n, X) -> (n, out). A bag runs on one thread: a
+    single token is split into one for each."""
+    (n, X), index = spikes.shape, spikes.flatten().nonzero().squeeze(1)
+    bags = torch.get_num_threads() if n == 1 else 1
+    ends = torch.arange(n * bags)
+    offsets = ends * len(index) // bags if n == 1 else torch.searchsorted(index, ends * X)
+    value, index, packed = spikes.flatten()[index], index % X, torch.ops.quantized
+    out = (packed.embedding_bag_byte_rowwise_offsets(rows, index, offsets, False, 0, False, value)
+           if rows.dtype == torch.uint8 else
+           F.embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=value))
+    return out.view(n, bags, out.shape[1]).sum(1)
+
+
+def block(rows, spikes, size=32):
+    """Skips blocks of `size` channels in which no token fired."""
+    X = len(rows)
+    active = F.pad(spikes.ne(0).any(0), (0, -X % size)).view(-1, size).any(1)
+    index = active.repeat_interleave(size)[:X].nonzero().squeeze(1)
+    return spikes[:, index] @ rows[index]
+
+
+WAYS = {**asnn.PRODUCTS, "embedding_bag": embedding_bag, "embedding_bag_int8": embedding_bag,
+        "csr": lambda rows, spikes: spikes.to_sparse_csr() @ rows,
+        "coo": lambda rows, spikes: torch.sparse.mm(spikes.to_sparse_coo(), rows), "block": block}
+KIND = {"linear": "linear", "gather_int8": "int8", "embedding_bag_int8": "int8"}  # else rows
+SHAPES = {(768, 768): "mix_in", (3072, 768): "ffn_hidden", (768, 3072): "ffn_in"}  # fed by a site
+
+
+def weights_for(way, rows):
+    """What a way to multiply takes as its weights, made of rows (X, out)."""
+    make = {"linear": lambda: rows.t().contiguous(), "rows": lambda: rows,
+            "int8": lambda: torch.ops.quantized.embedding_bag_byte_prepack(rows)}
+    return make[KIND.get(way, "rows")]()
+
+
+def random_spikes(n, X, density, generator=None):
+    """Ternary spikes (n, X), each non-zero with probability `density`."""
+    sign = torch.where(torch.rand(n, X, generator=generator) < 0.5, -1.0, 1.0)
+    return sign * (torch.rand(n, X, generator=generator) < density)
+
+
+def turns(first, total=96 * 2**20):
+    """Endless turns through copies of a tensor, together larger than the caches of a CPU."""
+    return itertools.cycle([first.clone() for _ in range(1 + min(64, total // first.nbytes))])
+
+
+def calls_for(X, out, ways):
+    """A function of spikes (n, X) that gives {way: its product}, on weights out of cache."""
+    rows, kept = torch.randn(X, out), {}
+    for way in ways:
+        kept.setdefault(KIND.get(way, "rows"), turns(weights_for(way, rows)))
+    return lambda spikes: {way: lambda way=way: WAYS[way](next(kept[KIND.get(way, "rows")]), spikes)
+                           for way in ways}
+
+
+gathering = asnn.sparsify(student, "gather")
+note = f"; {gathering.without_kernel}" if gathering.without_kernel else ""
+print(gathering.without_kernel or "gather is the C++ kernel")
 
 # %% [markdown]
 # ## One product
-# A single token, weights out of the cache, at this student's own densities, for the shapes of the 74M student. A product cannot be faster than the memory gives up the bytes it reads, so that limit is measured first.
-# `gather` and `gather_int8` are a C++ kernel of 90 lines, built by `torch.utils.cpp_extension`, because the library's `embedding_bag` was measured to leave a factor of 2 to that limit, and of 4 to 5 with int8 rows; where the kernel cannot be built, `embedding_bag` takes its place.
+# One token, weights out of cache, spikes as dense as this student's, shapes of the 77M student.
+# With every channel firing the kernel reads all rows: what it gains there it does not owe to zeros.
 
 # %%
-problem = asnn.load_kernel()
-print(problem or "the C++ kernel is built")
+def read_bandwidth(runs, total=256 * 2**20):
+    """Bytes per second of the faster of two ways to read memory once."""
+    data, pieces = torch.ones(total // 4), turns(torch.ones(2**19))
+    timings = asnn.time_interleaved({total: data.sum, 2**21: lambda: next(pieces).sum()}, runs)
+    return max(size / timing.low for size, timing in timings.items())
 
 
-def read_bandwidth(total=256 * 2**20):
-    """Bytes per second of the fastest of several ways to read memory once: a sum and a matrix times a vector over `total`
-    bytes, and sums over pieces of 2 MiB that come in turns."""
-    data, vector = torch.ones(8192, total // 4 // 8192), torch.ones(total // 4 // 8192)
-    pieces = asnn.out_of_cache(lambda: torch.ones(2**19))
-    read = {"sum": (data.sum, total), "matrix times vector": (lambda: data @ vector, total), "pieces": (lambda: next(pieces).sum(), 2**21)}
-    timings = asnn.time_interleaved({name: call for name, (call, _) in read.items()}, runs=max(3, repeats))
-    return max(size_of / timings[name].low for name, (_, size_of) in read.items())
+def bytes_read(way, X, out, density):
+    """Bytes of weights that one token needs; nan where only the library knows."""
+    row = {"linear": 4 * out / density, "gather": 4 * out, "gather_int8": out + 8}
+    return X * density * row.get(way.replace("embedding_bag", "gather"), np.nan)
 
 
-bandwidth = read_bandwidth()
-print(f"memory gives {bandwidth / 1e9:.1f} GB/s to a program that reads once (measured, the fastest of three ways, best quartile of {max(3, repeats)} runs, {hardware})")
+def between(values):
+    """The range of several numbers as text, "-" where one is unknown."""
+    return f"{min(values):.2f} to {max(values):.2f}" if np.isfinite(values).all() else "-"
 
 
-shapes = {(768, 768): "mix_in", (3072, 768): "ffn_hidden", (768, 3072): "ffn_in"}
-generator = torch.Generator().manual_seed(seed)
-single, rows = {}, []
-for (X, out), site in shapes.items():
-    share = site_density.get(site, 0.4)
-    timings = asnn.time_interleaved(asnn.ProductBench(X, out).calls(asnn.random_spikes(1, X, share, generator)), runs=repeats)
-    single[(X, out)] = timings
-    for name, timing in timings.items():
-        skips, width = name.startswith(("gather", "embedding_bag")), (out + 8) / out if name in asnn.INT8 else 4
-        limit = width * X * out * (share if skips else 1) / bandwidth
-        rows.append({"in x out": f"{X} x {out}", "density": f"{share:.2f}", "backend": name, "microseconds (quartiles)": timing.text(1e6, ",.0f"),
-                     "times linear": f"{timings['linear'].median / timing.median:.2f}", "times the limit of memory": f"{timing.median / limit:.2f}" if skips or name in ("linear", "dense") else "-"})
-asnn.show_table(rows)
-print(f"medians of {repeats} interleaved runs, one token, weights out of cache, {hardware}")
+generator, bandwidth = torch.Generator().manual_seed(seed), read_bandwidth(max(3, repeats))
+single, shares = {}, {shape: site_density.get(site, 0.4) for shape, site in SHAPES.items()}
+for (X, out), share in shares.items():
+    calls = calls_for(X, out, WAYS)
+    every = calls(random_spikes(1, X, 1.0, generator))
+    single[X, out] = asnn.time_interleaved({
+        **calls(random_spikes(1, X, share, generator)),
+        **{f"all fire, {way}": every[way] for way in ("gather", "gather_int8")}}, repeats)
+seconds = {shape: {way: t.median for way, t in found.items()} for shape, found in single.items()}
+gain = {way: [s["linear"] / s[way] for s in seconds.values()] for way in seconds[768, 768]}
+alone = {way: [s.get(f"all fire, {way}", np.nan) / s[way] for s in seconds.values()]
+         for way in gain}
+asnn.show_table([{
+    "way": way, **{f"{X} x {out}, us": f"{1e6 * s[way]:,.0f}" for (X, out), s in seconds.items()},
+    "times linear": between(ratios), "by skipping alone": between(alone[way]),
+    "over the memory's limit": between([
+        s[way] * bandwidth / bytes_read(way, *shape, shares[shape])
+        for shape, s in seconds.items()])} for way, ratios in gain.items()])
+print(f"memory gives {bandwidth / 1e9:.1f} GB/s to a program that reads once; medians of {repeats} "
+      f"runs in turns, {hardware} (measured{note})")
 
 # %% [markdown]
-# How much of that is skipping, and how much a product that is better written than the library's? The same kernel with every channel firing reads all rows, as a dense product does: what it gains there has nothing to do with zeros.
+# ## Density and number of tokens
+# Speed against `linear`, which is what nn.Linear does. Above the line at 1 a way wins.
 
 # %%
-parts, rows = {}, []
-for (X, out), site in shapes.items():
-    share = site_density.get(site, 0.4)
-    bench = asnn.ProductBench(X, out, ("linear", "gather", "gather_int8"))
-    some, every = bench.calls(asnn.random_spikes(1, X, share, generator)), bench.calls(asnn.random_spikes(1, X, 1.0, generator))
-    timings = asnn.time_interleaved({"linear": some["linear"], **{f"{name}, {what}": calls[name] for name in ("gather", "gather_int8") for what, calls in (("own density", some), ("all fire", every))}}, runs=repeats)
-    parts[f"{X} x {out}"] = {name: dataclasses.asdict(t) for name, t in timings.items()}
-    for name in ("gather", "gather_int8"):
-        own, full = timings[f"{name}, own density"].median, timings[f"{name}, all fire"].median
-        rows.append({"in x out": f"{X} x {out}", "backend": name, "times linear": f"{timings['linear'].median / own:.2f}", "with all channels firing": f"{timings['linear'].median / full:.2f}",
-                     "by skipping alone": f"{full / own:.2f}", "1 / density": f"{1 / share:.2f}"})
-asnn.show_table(rows)
-print(f"times linear is what the kernel gains with all channels firing, times what skipping gains: medians of {repeats} interleaved runs, {hardware} (measured)")
-
-# %% [markdown]
-# ## The surface
-# Speed of each backend against `linear`, which is what nn.Linear does, over density and number of tokens, the libraries that lose included. Above 1 (blue) the backend wins.
-
-# %%
-densities = (0.1, 0.4, 0.8) if tiny else (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-batches = (1, 16) if tiny else (1, 4, 16, 64, 256)
-surface = []
-benches = {shape: asnn.ProductBench(*shape) for shape in ([(768, 768)] if tiny else shapes)}
-cells = [(shape, n, share) for shape in benches for n in batches for share in densities]
-for (X, out), n, share in tqdm(cells, desc="surface", unit="case", mininterval=1.0):
-    timings = asnn.time_interleaved(benches[X, out].calls(asnn.random_spikes(n, X, share, generator)), runs=3, min_seconds=1e-3)
-    surface.append({"in": X, "out": out, "tokens": n, "density": share, "seconds": {name: t.median for name, t in timings.items()}})
+def measure_surface(X, out, ways, tokens, densities, runs=3):
+    """Rows {"tokens", "density", "seconds": {way: median}}."""
+    calls, generator, found = calls_for(X, out, ways), torch.Generator().manual_seed(0), []
+    for n, density in itertools.product(tokens, densities):
+        timings = asnn.time_interleaved(calls(random_spikes(n, X, density, generator)), runs, 1e-3)
+        found.append({"tokens": n, "density": density,
+                      "seconds": {way: timing.median for way, timing in timings.items()}})
+    return found
 
 
-def plot_surface(rows):
-    names = [name for name in asnn.BACKENDS if name != "linear"]
-    found = sorted({(row["in"], row["out"]) for row in rows})
-    figure, axes = plt.subplots(len(found), len(names), figsize=(3.4 * len(names), 2.9 * len(found)), squeeze=False, sharex=True, sharey=True, layout="constrained")
-    for i, shape in enumerate(found):
-        for j, name in enumerate(names):
-            grid = np.array([[next(r["seconds"]["linear"] / r["seconds"][name] for r in rows if ((r["in"], r["out"]), r["tokens"], r["density"]) == (shape, n, d))
-                              for d in densities] for n in batches])
-            axes[i][j].grid(False)
-            image = axes[i][j].imshow(np.log2(grid), cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
-            for y in range(len(batches)):
-                for x in range(len(densities)):
-                    axes[i][j].text(x, y, f"{grid[y, x]:.1f}" if grid[y, x] < 9.95 else f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=6,
-                                    color="white" if abs(np.log2(grid[y, x])) > 1.8 else "black")
-            axes[i][j].set_title(f"{name}\n{shape[0]} to {shape[1]}", fontsize=8)
-            axes[i][j].set_xticks(range(len(densities)), [f"{d:g}" for d in densities], fontsize=7, rotation=60)
-            axes[i][j].set_yticks(range(len(batches)), batches, fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("density")
-    for row in axes:
-        row[0].set_ylabel("tokens")
-    bar = figure.colorbar(image, ax=axes, label="speed against linear", shrink=0.8, pad=0.02)
-    bar.set_ticks(range(-3, 4), labels=[f"{2.0 ** n:g}x" for n in range(-3, 4)])
+def plot_surface(rows, ways, title):
+    """For each way its speed against linear over the density, a line for each number of tokens."""
+    figure, axes = plt.subplots(1, len(ways), figsize=(12, 4), sharey=True, layout="constrained")
+    tokens = sorted({row["tokens"] for row in rows})
+    shades = plt.get_cmap("viridis")(np.linspace(0.0, 0.8, len(tokens)))
+    for axis, way in zip(axes, ways):
+        axis.axhline(1.0, color="black", linestyle=":", linewidth=1)
+        for n, colour, style in zip(tokens, shades, ("o-", "s--", "^-.", "D:", "v-")):
+            some = [row for row in rows if row["tokens"] == n]
+            axis.plot([row["density"] for row in some],
+                      [row["seconds"]["linear"] / row["seconds"][way] for row in some], style,
+                      color=colour, label=f"{n} token" + "s" * (n > 1))
+        axis.set(title=way, xlabel="share of channels that fire", yscale="log", xlim=(0, 1.03))
+    axes[0].set(ylabel="speed, times linear")
+    axes[0].legend()
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
-run.show(plot_surface(surface), "surface")
-
-# %%
-def break_even(X, out, n, name):
-    wins = [row["density"] for row in surface if (row["in"], row["out"], row["tokens"]) == (X, out, n) and row["seconds"][name] < row["seconds"]["linear"]]
-    return f"{max(wins):g}" if wins else "never"
-
-
-asnn.show_table([{"in x out": f"{X} x {out}", "tokens": n, **{name: break_even(X, out, n, name) for name in asnn.BACKENDS if name != "linear"}}
-                 for X, out in sorted({(row["in"], row["out"]) for row in surface}) for n in batches])
-print("the highest measured density at which a backend is faster than linear")
-
-# %% [markdown]
-# The crossover: several tokens share the weights that a dense product reads, and its arithmetic is better organised. From how many tokens on is it faster than gathering, at this student's densities?
-
-# %%
-def crossover(X, out, share, name):
-    """The number of tokens at which linear overtakes a backend, on a line between the measured ones."""
-    ratios, before = [], None
-    bench = asnn.ProductBench(X, out, ("linear", name))
-    for n in (1, 16) if tiny else (1, 2, 4, 8, 16, 32, 64, 128):
-        timings = asnn.time_interleaved(bench.calls(asnn.random_spikes(n, X, share, generator)), runs=3, min_seconds=1e-3)
-        ratio = np.log(timings["linear"].median / timings[name].median)
-        if ratio < 0:
-            return float(n) if before is None else float(np.exp(np.interp(0, [ratio, before[1]], np.log([n, before[0]]))))
-        before = (n, ratio)
-    return math.inf
+def break_even(rows, way, n):
+    """The highest measured density up to which a way is faster than linear; 0.0 for none."""
+    some = sorted((row["density"], row["seconds"]) for row in rows if row["tokens"] == n)
+    wins = itertools.takewhile(lambda pair: pair[1][way] < pair[1]["linear"], some)
+    return max((density for density, _ in wins), default=0.0)
 
 
-crossovers = {f"{X} x {out}": {name: crossover(X, out, site_density.get(site, 0.4), name) for name in ("gather", "gather_int8", "embedding_bag")} for (X, out), site in shapes.items()}
-asnn.show_table([{"in x out": shape, **{name: f"{n:.0f} tokens" if n < math.inf else "beyond 128" for name, n in row.items()}} for shape, row in crossovers.items()])
+def crossover(rows, way, density):
+    """The number of tokens from which linear is faster than a way at the nearest measured density,
+    on a line between measured numbers; None where it is not."""
+    nearest = min({row["density"] for row in rows}, key=lambda d: abs(d - density))
+    some = sorted((row["tokens"], np.log(row["seconds"]["linear"] / row["seconds"][way]))
+                  for row in rows if row["density"] == nearest)
+    for (n, before), (more, after) in zip([some[0], *some], some):
+        if after < 0:
+            return float(np.exp(np.interp(0, [after, max(0.0, before)], np.log([more, n]))))
+    return None
 
-# %% [markdown]
-# ## What auto decides
-# The table behind `backend="auto"`: measured on this machine in under 20 seconds, kept in the cache under the hardware's name, with no threshold assumed.
 
-# %%
-clock = time.perf_counter()
-table = asnn.BackendTable.measure(shapes, seconds=4.0 if tiny else 18.0)
-print(f"{len(table.rows)} cases in {time.perf_counter() - clock:.1f} s (0 when it was cached)")
-asnn.show_table([{"in x out": f"{X} x {out}", "tokens": n, **{f"density {d:g}": f"{table.choose(X, out, n, d)} / {table.choose(X, out, n, d, exact=False)}" for d in table.DENSITIES}}
-                 for X, out in shapes for n in table.TOKENS])
-print("exact backends only / with int8 rows")
-
-# %% [markdown]
-# A choice made by a measurement may be luck. So every case is measured again, what was chosen against linear in turns; and all tokens of a product share one layout of weights unless another is 5 % faster.
-
-# %%
-again = []
-benches = {shape: asnn.ProductBench(*shape, backends=("linear", "dense", "gather", "csr")) for shape in shapes}
-for row in tqdm(table.rows if not tiny else table.rows[::7], desc="choices again", unit="case", mininterval=1.0):
-    chosen = table.plan(row["in"], row["out"], row["density"])[row["tokens"]]
-    calls = benches[row["in"], row["out"]].calls(asnn.random_spikes(row["tokens"], row["in"], row["density"], generator))
-    first = row["seconds"][chosen] / row["seconds"]["linear"]
-    second = 1.0 if chosen == "linear" else (lambda t: t[chosen].median / t["linear"].median)(asnn.time_interleaved({k: calls[k] for k in (chosen, "linear")}, runs=3 if tiny else 7))
-    again.append((first, second))
-firsts, seconds = np.array(again).T
-print(f"time of auto's choice over that of linear, {len(again)} cases: median {np.median(firsts):.2f}, worst {firsts.max():.2f} where it was chosen; median {np.median(seconds):.2f}, worst {seconds.max():.2f}, "
-      f"{int((seconds > 1.05).sum())} of {len(seconds)} above 1.05 when measured again")
+shown = ("gather", "gather_int8", "csr")
+surface = measure_surface(3072, 768, ("linear", *shown), (1, 16) if tiny else (1, 4, 16, 64, 256),
+                          (0.1, 0.4, 1.0) if tiny else (0.05, 0.1, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0))
+run.show(plot_surface(surface, shown, f"3072 x 768, {hardware}"), "surface")
+even = {way: break_even(surface, way, 1) for way in shown}
+overtaken = {way: crossover(surface, way, shares[3072, 768]) for way in shown}
+asnn.show_table([{"way": way, "wins for one token up to a density of": even[way] or "none",
+                  "loses at this student's density from": f"{n:.0f} tokens" if n else "-"}
+                 for way, n in overtaken.items()])
 
 # %% [markdown]
 # ## The same student, sparse
-# Perplexity on the same tokens, predictions and all: gather is the same sum in another order, int8 rows cost 0.7 % per product.
+# `gather` is the same sum in another order, int8 rows cost 0.7 % per product.
 
 # %%
-scored = task.tokens["validation"][:quality_tokens + 1]
-forms = {"dense": brain, "gather": asnn.sparsify(brain, "gather"), "gather_int8": asnn.sparsify(brain, "gather_int8"),
-         "gather_int8, int8 head": asnn.sparsify(brain, "gather_int8", head="int8"),
-         "gather_int8, int8 head and embeddings": asnn.sparsify(brain, "gather_int8", head="int8", embeddings="int8"),
-         "dense int8 (torch.ao)": asnn.quantize_int8(brain)}
-quality = {name: (evaluated.ppl, evaluated.tokens) for name, model in forms.items() for evaluated in [asnn.evaluate(model, scored, recipe.seq_len, description=name)]}
-asnn.show_table([{"products": name, "PPL": f"{ppl:.4f}", "against dense": f"{100 * (ppl / quality['dense'][0] - 1):+.3f} %", "tokens": f"{count:,}"} for name, (ppl, count) in quality.items()])
+scored = task.tokens["validation"][:(2048 if tiny else 10_240) + 1]
+forms = {"dense": student, "gather": gathering,
+         "gather_int8": asnn.sparsify(student, "gather_int8"),
+         "gather_int8, int8 head": asnn.sparsify(student, "gather_int8", "int8"),
+         "dense int8": asnn.quantize_int8(student)}
+quality = {form: asnn.evaluate(model, scored, loaded.recipe.seq_len, description=form)
+           for form, model in forms.items()}
+change = {form: 100 * (result.ppl / quality["dense"].ppl - 1) for form, result in quality.items()}
+asnn.show_table([{"products": form, "PPL": f"{result.ppl:.4f}", "change": f"{change[form]:+.3f} %",
+                  "tokens": f"{result.tokens:,}"} for form, result in quality.items()])
 
 # %% [markdown]
 # ## The whole model
-# A student of the published width with random weights and this student's densities, which its thresholds are set to: only speed is measured here. All systems decode the same token with their state in turns, in one process.
+# Width 768, random weights, channels that fire as often as the student's: only speed is measured.
+# It is not the gated student, which is small and trained. `sparsify` takes one way for all sites,
+# or {site: way}, here for the feed-forward products alone. `dense int8` is torch.ao's.
 
 # %%
-large = asnn.random_student(asnn.get_recipe("v14.4-sites").replace(n_layer=layers), 50257, site_density, seed)
+speedy = asnn.RECIPES["v14.4-sites"].replace(n_layer=layers)
+large = asnn.random_student(speedy, 50257, site_density, seed)
 sample = torch.randint(0, 50257, (2, 32), generator=generator)
-real = asnn.spike_density(large, sample)
-print(f"{asnn.count_parameters(large):,} parameters; densities enforced: " + ", ".join(
-    f"{site} {np.mean(asnn.densities_at(real, site)):.2f}" for site in site_density))
-systems = {"dense fp32": large, "gather, dense head": asnn.sparsify(large, "gather"), "auto, dense head": asnn.sparsify(large, "auto", table=table),
-           "gather_int8, int8 head": asnn.sparsify(large, "gather_int8", head="int8"), "dense int8 (torch.ao)": asnn.quantize_int8(large)}
-if not problem:
-    libraries = asnn.sparsify(large, "embedding_bag_int8", head="int8")
-    systems["embedding_bag_int8, int8 head"] = libraries
-
-# %% [markdown]
-# What is left beside the products are many small operations; `compile_step` lets torch.compile fuse them. It does so for the dense models too, so that like is compared with like.
+rates = [rate for key, rate in asnn.firing_rates(large, sample).items() if "_" in key]
+print(f"{large.num_parameters():,} parameters; in the mean {np.mean(rates):.2f} of channels fire")
+plans = {"dense fp32": ({}, "dense"), "gather": ("gather", "dense"),
+         "gather in the FFN": ({"ffn_in": "gather", "ffn_hidden": "gather"}, "dense"),
+         "gather_int8, int8 head": ("gather_int8", "int8")}
+systems = {plan: asnn.sparsify(large, way, head) for plan, (way, head) in plans.items()}
+systems["dense int8"] = asnn.quantize_int8(large)
+if compiled:  # what is left beside the products are many small operations
+    fused = {plan: asnn.sparsify(large, *plans[plan], compiled=True)
+             for plan in plans if plan != "gather in the FFN"}
+    fused["dense int8"] = asnn.quantize_int8(large, compiled=True)
+    systems |= {f"{key}, compiled": model for key, model in fused.items()
+                if model.goose.blocks[0].compiled}
+steps = {key: asnn.Decoder(model, sample[:1, :16]) for key, model in systems.items()}
+for step in [*steps.values()] * 3:  # the first tokens compile
+    step()
 
 # %%
-if compiled:
-    systems |= {f"{name}, compiled": asnn.compile_step(copy.deepcopy(systems[name])) for name in tqdm(("dense fp32", "gather, dense head", "auto, dense head", "gather_int8, int8 head", "dense int8 (torch.ao)"), desc="copies")}
-steps = {name: asnn.Decoder(model, sample[:1, :16]) for name, model in systems.items()}
-for name, step in tqdm(steps.items(), desc="first token", unit="system"):
-    for _ in range(3):
-        step()
-decoding = asnn.time_interleaved(steps, runs=max(3, 3 * repeats), min_seconds=1e-3)
-base, ao = decoding["dense fp32"].median, decoding["dense int8 (torch.ao)"].median
-asnn.show_table([{"system": name, "ms per token (quartiles)": t.text(), "tokens/s": f"{1 / t.median:.1f}",
-                  "times dense fp32": f"{base / t.median:.2f}", "times dense int8": f"{ao / t.median:.2f}", "weights, MiB": f"{asnn.tensor_bytes(systems[name]) / 2**20:.0f}"} for name, t in decoding.items()])
-print(f"medians of {max(3, 3 * repeats)} interleaved runs, batch 1, {hardware}; peak memory of this process, all systems at once, {asnn.peak_memory_gb():.2f} GiB (measured)")
+decoding = asnn.time_interleaved(steps, 3 * repeats, 1e-3, progress="decoding")
+weights = {key: step.memory()["weights"] for key, step in steps.items()}
+speed = {key: 1 / timing.median for key, timing in decoding.items()}
+dense_int8 = max(rate for key, rate in speed.items() if key.startswith("dense int8"))
+asnn.show_table([{
+    "system": key, "ms per token (quartiles)": timing.text(), "tokens/s": f"{speed[key]:.1f}",
+    "times dense fp32": f"{speed[key] / speed['dense fp32']:.2f}",
+    "times the best dense int8": f"{speed[key] / dense_int8:.2f}",
+    "weights, MiB": f"{weights[key] / 2**20:.0f}"} for key, timing in decoding.items()])
+print(f"medians of {3 * repeats} runs in turns, batch 1, {hardware} (measured{note})")
 
 # %% [markdown]
-# ## Where the time of one token goes
-# The largest costs of a decoded token, by torch's profiler: first of the dense student, then of the sparse one without and with fused operations.
+# The largest costs of a token, dense and fastest sparse; then two ways to write to 12 states.
 
 # %%
 def profile_of(step, count=5):
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else writes two lines at each start
+    """The operations that take most of a step's time, by torch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it else writes at each start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         for _ in range(count):
             step()
     events = sorted(trace.key_averages(), key=lambda event: -event.self_cpu_time_total)
     whole = sum(event.self_cpu_time_total for event in events)
-    return [{"operation": event.key.replace("## Call CompiledFxGraph", "fused operations of a block")[:40], "share of time": f"{100 * event.self_cpu_time_total / whole:.0f} %", "ms per token": f"{event.self_cpu_time_total / 1e3 / count:.2f}",
-             "calls per token": f"{event.count / count:.0f}"} for event in events[:6]]
+    return [{"operation": event.key.replace("## Call CompiledFxGraph", "fused operations")[:40],
+             "share of time": f"{100 * event.self_cpu_time_total / whole:.0f} %",
+             "calls per token": f"{event.count / count:.0f}"} for event in events[:5]]
 
 
-profiles = {name: profile_of(steps[name]) for name in ("dense fp32", "gather_int8, int8 head", "gather_int8, int8 head, compiled") if name in steps}
-for name, rows in profiles.items():
-    print(name)
-    asnn.show_table(rows)
-
-# %% [markdown]
-# Of the dense student nearly all is in products. What was done about the three largest costs of the sparse one: the gathers went from the library's operators to the C++ kernel; the head, dense by nature, to int8; and the hundreds of small operations into one fused piece per block.
-
-# %% [markdown]
-# ## Elementwise state updates
-# The matrix state of a head is 64 x 64: writing only the rows where a key fired touches less memory and needs an index. Measured, and kept only where it wins.
-
-# %%
-def state_calls(heads=12, width=64, share=0.4):
-    S, k, v = torch.randn(heads, width, width), asnn.random_spikes(heads, width, share, generator), asnn.random_spikes(heads, width, share, generator)
-    w = torch.rand(heads, width, 1) * 0.5 + 0.5
-
-    def dense():
-        return w * S + k.unsqueeze(-1) * v.unsqueeze(-2)
-
-    def rows():
-        out = w * S
-        head, row = k.nonzero(as_tuple=True)
-        out[head, row] += k[head, row].unsqueeze(-1) * v[head]
-        return out
-    assert torch.allclose(dense(), rows())
-    return {"dense": dense, "active rows": rows}
-
-
-updates = asnn.time_interleaved(state_calls(), runs=repeats)
-asnn.show_table([{"update of the state, 12 heads of 64": name, "microseconds (quartiles)": t.text(1e6, ",.0f")} for name, t in updates.items()])
-print("active rows win" if updates["active rows"].median < updates["dense"].median else "the dense update is faster and stays: the decay touches every entry anyway")
+fastest = max((key for key in speed if key.startswith("gather")), key=speed.get)
+profiles = {key: profile_of(steps[key]) for key in ("dense fp32", fastest)}
+asnn.show_table([{"system": key, **row} for key, rows in profiles.items() for row in rows])
+S, w = torch.randn(12, 64, 64), torch.rand(12, 64, 1)
+k, v = (random_spikes(12, 64, 0.4, generator) for _ in range(2))
+updates = asnn.time_interleaved({
+    "all rows": lambda: w * S + k.unsqueeze(-1) * v.unsqueeze(-2),
+    "rows where a key fired": lambda: (w * S).index_put(
+        (fired := k.nonzero(as_tuple=True)), k[fired].unsqueeze(-1) * v[fired[0]], True)}, repeats)
+print("writing to states, us: " + ", ".join(
+    f"{key} {timing.text(1e6, ',.0f')}" for key, timing in updates.items()))
 
 # %% [markdown]
 # ## Contract
-# Facts that hold in every profile and on every machine; continuous integration compares their output.
+# Facts that hold on every machine; continuous integration compares the output.
 
 # %% tags=["nbval-check-output"]
-weights, worst = torch.randn(96, 40, generator=generator), {}
-for share in (0.0, 0.02, 0.4, 1.0):
-    for n in (1, 5):
-        spikes = asnn.random_spikes(n, 96, share, generator)
-        reference = asnn.dense_product(weights, spikes)
-        for name, product in asnn.PRODUCTS.items():
-            error = product(asnn.product_weights(name, weights), spikes) - reference
-            worst[name] = max(worst.get(name, 0.0), float(error.norm() / reference.norm().clamp_min(1e-6)))
-print("backends equal to dense:", sorted(name for name, error in worst.items() if error < 1e-5))
-print("int8 rows within 2 %:", all(worst[name] < 0.02 for name in asnn.INT8))
-silent = asnn.random_spikes(3, 96, 0.0)
-print("silence gives zero:", sorted(name for name, product in asnn.PRODUCTS.items() if not product(asnn.product_weights(name, weights), silent).any()))
-try:
-    asnn.sparsify(asnn.GooseForCausalLM(asnn.get_recipe("v14.4", d_model=64, n_layer=1).student_config(64)))
-except ValueError as error:
-    print("a student whose products are not fed by spikes is refused:", "nothing" if "no matrix product" not in str(error) else "in one sentence")
-
-# %% tags=["nbval-check-output"]
-prompt = task.peek()[:1, :12]
-texts = {name: model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0) for name, model in forms.items() if name in ("dense", "gather")}
-print("greedy text of gather is that of dense:", torch.equal(texts["dense"], texts["gather"]))
-print("perplexity with gather within 0.1 %:", abs(quality["gather"][0] / quality["dense"][0] - 1) < 1e-3)
-print("int8 rows keep a fourth of the memory:", forms["gather_int8"].goose.blocks[0].ffn.down.packed.nbytes < 0.3 * brain.goose.blocks[0].ffn.down.weight.nbytes)
+matrix, worst = torch.randn(96, 40, generator=generator), dict.fromkeys(WAYS, 0.0)
+for share, n, way in itertools.product((0.0, 0.02, 0.4, 1.0), (1, 5), WAYS):
+    spikes = random_spikes(n, 96, share, generator)
+    error = WAYS[way](weights_for(way, matrix), spikes) - spikes @ matrix
+    worst[way] = max(worst[way], float(error.norm() / (spikes @ matrix).norm().clamp_min(1e-6)))
+print("equal to dense:", sorted(way for way, error in worst.items() if error < 1e-5))
+print("int8 rows within 2 %:", max(worst["gather_int8"], worst["embedding_bag_int8"]) < 0.02)
+options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+texts = [forms[form].generate(task.peek()[:1, :12], **options) for form in ("dense", "gather")]
+print("greedy text of gather is that of dense:", torch.equal(*texts))
+print("perplexity with gather within 0.1 %:", abs(change["gather"]) < 0.1)
 
 # %% [markdown]
 # ## Saved artefacts
 
 # %%
-results = {"gate": loaded.gate, "gated": loaded.gated, "hardware": hardware, "environment": env, "status": "measured", "bandwidth, bytes/s": bandwidth, "densities": site_density,
-           "products": [{"in": X, "out": out, **{name: dataclasses.asdict(t) for name, t in timings.items()}} for (X, out), timings in single.items()], "surface": surface,
-           "quality": {name: {"ppl": ppl, "tokens": count} for name, (ppl, count) in quality.items()}, "decoding": {name: dataclasses.asdict(t) for name, t in decoding.items()},
-           "state update": {name: dataclasses.asdict(t) for name, t in updates.items()}, "crossover, tokens": {shape: {name: n if n < math.inf else None for name, n in row.items()} for shape, row in crossovers.items()},
-           "auto over linear": {"measured once": firsts.tolist(), "again": seconds.tolist()}, "kernel": problem or "built", "skipping alone": parts, "profile": profiles, "weights, bytes": {name: asnn.tensor_bytes(model) for name, model in systems.items()}, "layers": layers, "parameters": asnn.count_parameters(large)}
-if run.main:
-    asnn.write_atomically(run.folder / "sparse.json", json.dumps(results, indent=1))
-run.finish({**loaded.metrics, "version": f"v16 of {loaded.metrics['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
+run.save("sparse.json", {
+    "student": name, "gate": loaded.gate, "gated": loaded.gated, "environment": env,
+    "hardware": hardware, "bandwidth, bytes/s": bandwidth, "densities": site_density,
+    "status": "measured", "kernel": gathering.without_kernel or "built",
+    "products": [{"in": X, "out": out, **{way: t._asdict() for way, t in timings.items()}}
+                 for (X, out), timings in single.items()],
+    "surface, 3072 x 768": surface, "crossover, tokens": overtaken, "layers": layers,
+    "quality": {form: result.to_dict() for form, result in quality.items()}, "profile": profiles,
+    "decoding": {key: timing._asdict() for key, timing in decoding.items()},
+    "state update": {key: timing._asdict() for key, timing in updates.items()},
+    "weights, bytes": weights, "parameters": large.num_parameters()})
+run.finish({"version": f"v16 of {loaded.metrics['version']}", "run": run.folder.name,
+            "student": name, "gated": loaded.gated, "environment": env, "tokens/s": speed,
+            "seconds": time.perf_counter() - begin})
 
 # %% tags=["nbval-check-output"]
-print("saved:", sorted({"sparse.json", "metrics.json", "config.json", "env.json", "figures"} & {path.name for path in run.folder.glob("*")}))
+files = {"sparse.json", "metrics.json", "config.json", "env.json", "figures"}
+print("saved:", sorted(files & {path.name for path in run.folder.glob("*")}))
 
 # %% [markdown]
 # ## Summary
-# The founders put the break-even of sparse products at 75 % zeros. That is right for the formats of libraries and for large batches, where arithmetic and not memory is the limit. It is wrong for decoding, where a product waits for the weights it reads: a gather wins at every density, even with all channels firing.
-# That last fact is also the caution. Much of the gain over nn.Linear is that the kernel reads memory better than the library's product does, and would be there without spikes; what skipping adds is printed below, and in int8, where rows are short, it is less than the share of zeros promises.
+# Sentences made from the numbers above.
 
 # %%
-gains = {name: base / t.median for name, t in decoding.items()}
-print(f"The student is {loaded.gate}. Decoding one token at a time, {layers} layers of width 768, {hardware}: " + ", ".join(
-    f"{name} {gain:.2f}x" for name, gain in gains.items() if name != "dense fp32") + " the speed of dense fp32, and dense int8 " + f"{ao / min(t.median for t in decoding.values()):.2f} times slower than the fastest (measured).")
-alone = {name: [row[f"{name}, all fire"]["median"] / row[f"{name}, own density"]["median"] for row in parts.values()] for name in ("gather", "gather_int8")}
-print("Skipping alone, one product against the same kernel with all channels firing: " + ", ".join(f"{name} {min(values):.2f} to {max(values):.2f}x" for name, values in alone.items()) + " (measured, three shapes).")
-print(f"Perplexity changes by {100 * (quality['gather'][0] / quality['dense'][0] - 1):+.3f} % with gather and {100 * (quality['gather_int8'][0] / quality['dense'][0] - 1):+.2f} % with gather_int8, {quality['dense'][1]:,} tokens. "
-      "The gather path for CUDA graphs (gather_static) is tested on the CPU only.")
-print(f"{time.perf_counter() - begin:.0f} s in this notebook; results in {os.path.relpath(run.folder)}")
+def reach(way, density):
+    """A sentence about up to where a way is faster than a dense product for one token."""
+    where = f"up to a density of {density:g}" if density else "at no density"
+    return f"{way} is faster {'at every density' if density >= 1 else where}"
+
+
+def owed(way, alone, kernel):
+    """A sentence about what zeros and what the kernel add, from times of each."""
+    larger = "skipping" if np.median(alone) > np.median(kernel) else "the kernel, not to zeros"
+    return (f"{way} gains {between(alone)} times by skipping alone, {between(kernel)} times as a "
+            f"kernel that reads every row: most is owed to {larger}.")
+
+
+print(f"The trained student {name} is {loaded.gate}. The speed is another network's:")
+print(f"{layers} layers of width 768 with random weights decode with {fastest} "
+      f"{speed[fastest] / speed['dense fp32']:.2f} times as fast as dense fp32, "
+      f"{speed[fastest] / dense_int8:.2f} times the best dense int8 form ({hardware}, measured).")
+print(f"One token, 3072 x 768: {', '.join(reach(way, d) for way, d in even.items())}.")
+for way in ("gather", "gather_int8"):
+    print(owed(way, alone[way], gain[f"all fire, {way}"]))
+print(f"Finished: v16 in {time.perf_counter() - begin:.0f} s; {os.path.relpath(run.folder)}")

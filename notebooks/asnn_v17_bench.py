@@ -14,512 +14,593 @@
 # %% [markdown]
 # # ASNN-Goose v17: what it saves
 #
-# [![Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://www.kaggle.com/code/new)
-# [![Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/#upload=true)
-# ![Python 3.11-3.13](https://img.shields.io/badge/python-3.11--3.13-blue)
-# ![torch 2.10+](https://img.shields.io/badge/torch-2.10%2B-orange)
+# <a href="https://kaggle.com/kernels/welcome?src=https://github.com/OWNER/REPO/blob/main/
+# notebooks/asnn_v17_bench.ipynb"><img alt="Open in Kaggle"
+# src="https://kaggle.com/static/images/open-in-kaggle.svg"></a>
+# <a href="https://colab.research.google.com/github/OWNER/REPO/blob/main/
+# notebooks/asnn_v17_bench.ipynb"><img alt="Open in Colab"
+# src="https://colab.research.google.com/assets/colab-badge.svg"></a>
 #
-# A user has other choices than a spiking student: GPT-2 itself, GPT-2 in int8, a smaller GPT-2, another recurrent model. This notebook runs them all on the machine at hand, in turns, and reports latency, throughput, memory, operations and energy, with the quality beside each.
-# What is measured and what is estimated stands in separate columns. Speed does not depend on what weights hold, so the large models here have random ones, with spikes as dense as those of the trained student; quality is that of the trained student, on its own task.
+# **Needs** `asnn_common.py`, outputs of v14.4, and of v15, whose gate it reads. The CPU is measured
+# unless you choose the GPU: about six minutes and 5 GB on Kaggle or Colab (an estimate),
+# four minutes and 5 GB on two CPU cores.
+# *Run All* needs no editing. The last line you should see begins with `Finished: v17`.
 #
-# *Run All* needs no editing. `asnn.bench(model, tokenizer)` does the same for any causal language model of transformers.
-
-# %% [markdown]
-# ## Set-up
-# The next cell finds `asnn_common.py` next to this notebook, in the folder above, or in an attached Kaggle input. It installs a small package that is missing or too old where there is internet, and never torch.
+# A user has other choices than a spiking student: GPT-2, GPT-2 in int8, a smaller GPT-2, another
+# recurrent model. All run here on one machine, in turns: latency, memory, operations and energy.
+# **Two networks stand on this page.** Speed does not depend on what weights hold, so that the large
+# models have random ones, with spikes as dense as those of the trained student. The student that
+# passes the gate, and whose quality is shown, is the trained one, which is small. What is measured
+# and what is estimated stands in separate columns.
 
 # %% tags=["bootstrap"]
-import importlib.metadata
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
-# Threads that wait give up soon: on a shared machine with few cores, spinning ones slow the working ones tenfold.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+here = Path(globals().get("__file__", "notebook")).resolve().parent
+near = [Path(os.environ.get("ASNN_HOME") or here), here, here.parent, Path.cwd(), Path.cwd().parent]
+inputs = [*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input", "/kaggle/usr/lib"]
+found = [folder / "asnn_common.py" for folder in near if (folder / "asnn_common.py").is_file()]
+found += [path for root in inputs if root for path in sorted(Path(root).rglob("asnn_common.py"))]
+if not found:
+    raise FileNotFoundError("asnn_common.py was not found: attach it as a Kaggle dataset, upload "
+                            "it beside this notebook, or set ASNN_HOME to its folder.")
+sys.path.insert(0, str(found[0].parent))
+import asnn_common as asnn  # noqa: E402
 
-
-def find_common():
-    here = Path(globals().get("__file__", "notebook.py")).resolve().parent
-    near = [Path(os.environ["ASNN_HOME"])] if os.environ.get("ASNN_HOME") else []
-    near += [here, here.parent, Path.cwd(), Path.cwd().parent]
-    roots = [*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input", "/kaggle/usr/lib", "/content"]
-    for folder in near:
-        if (folder / "asnn_common.py").is_file():
-            return folder
-    level = [Path(root) for root in roots if root and Path(root).is_dir()]
-    for _ in range(7):
-        for folder in sorted(level):
-            if (folder / "asnn_common.py").is_file():
-                return folder
-        level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
-    raise FileNotFoundError("asnn_common.py was not found: attach it as a Kaggle dataset or utility script, upload it "
-                            "beside this notebook, or set ASNN_HOME to its folder.")
-
-
-sys.path.insert(0, str(find_common()))
-
-
-def version(name):
-    try:
-        return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(name))[:2])
-    except importlib.metadata.PackageNotFoundError:
-        return (0, 0)
-
-
-least = {"transformers": (5, 0), "accelerate": (1, 10), "datasets": (4, 0), "matplotlib": (3, 8), "pandas": (2, 2), "tqdm": (4, 66)}
-missing = [f"{name}>={major}.{minor}" for name, (major, minor) in least.items() if version(name) < (major, minor)]
-if missing and subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing]).returncode:
-    raise ImportError(f"{', '.join(missing)} cannot be installed: turn the internet on or attach the wheels.")
-if version("torch") < (2, 10):
-    raise ImportError(f"torch is {'.'.join(map(str, version('torch')))}, and 2.10 or newer is needed (0.0: there is none): "
-                      "choose the latest environment; Kaggle and Colab have it.")
+print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 
 # %% [markdown]
 # ## Parameters
 # The only cell to edit. `None` means: what the profile and the hardware say.
 
 # %% tags=["parameters"]
-student = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest with spikes before its products
-profile = None  # tiny, cpu, ref, t4: how large the measurements are, and the short run that makes a student where there is none
+student_run = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest that fits
+profile = None  # tiny (seconds), cpu, ref, t4: how much is measured; None: by hardware
+device_name = None  # "cpu" or "cuda", where there is no int8; None: cpu
 layers = None  # of the student whose speed is measured, width 768; None: 2 in profile tiny, else 5
-repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 25
-contexts = None  # tokens before the decoded one; None: [16, 48] in profile tiny, else [128, 512, 1000, 8192]
+repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 20
+contexts = None  # tokens before the decoded one; None: [128, 512, 1000, 4096], fewer in tiny
 batches = None  # sequences decoded at once; None: [1, 2] in profile tiny, else [1, 4, 16, 64]
-compiled = None  # let torch.compile fuse the students' small operations too; None: yes, but not in profile tiny
-price_per_hour = 0.35  # dollars for an hour of the hardware that trained the student: an assumption, for estimates of cost
+compiled = None  # also let torch.compile fuse the students' small operations; None: not in tiny
+price_per_hour = 0.35  # dollars for an hour of the hardware that trained the student: an assumption
 seed = 42
 run_name = None  # None: <version>-<run> of the student; a finished run is never overwritten
 
 # %% [markdown]
-# ## Configuration and environment
-# Measurements belong to one machine and one number of threads; runs of different hardware are not compared.
+# ## Student
+# Its spikes are known to carry information (the gate of v15), or it is marked as ungated.
 
 # %%
-import copy
-import dataclasses
-import json
 import math
 import time
-import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are text here
-import asnn_common as asnn  # noqa: E402
-from transformers import AutoModelForCausalLM, GPT2Config, RwkvConfig  # noqa: E402
-
-asnn.figure_style()  # one look for all notebooks, in colours that people with any colour vision tell apart
-begin = time.perf_counter()
-asnn.check_parameters(student=student, profile=profile, layers=layers, repeats=repeats, contexts=contexts,
-                      batches=batches, compiled=compiled, price_per_hour=price_per_hour, seed=seed, run_name=run_name)
-size, reason = asnn.select_profile(profile)
-device, _ = asnn.select_device()
-tiny = size.name == "tiny"
-layers, repeats = layers or (2 if tiny else 5), repeats or (3 if tiny else 25)
-contexts, batches = sorted(contexts or ([16, 48] if tiny else [128, 512, 1000, 8192])), sorted(batches or ([1, 2] if tiny else [1, 4, 16, 64]))
-compiled = not tiny if compiled is None else compiled
+asnn.figure_style()  # colours that people with any colour vision tell apart
+begin, env = time.perf_counter(), asnn.environment()
+device = torch.device(device_name or "cpu")
+on_cpu = device.type == "cpu"
+tiny = asnn.get_recipe("v14.4-sites", profile).profile == "tiny"
+compiled = (not tiny if compiled is None else compiled) and on_cpu
+layers, repeats = layers or (2 if tiny else 5), repeats or (3 if tiny else 20)
+contexts = sorted(contexts or ([16, 48] if tiny else [128, 512, 1000, 4096]))
+batches = sorted(batches or ([1, 2] if tiny else [1, 4, 16, 64]))
 width, vocabulary, positions = (64, 512, 40) if tiny else (768, 50257, 1024)
-asnn.require(min(contexts) < positions, "contexts", contexts, f"at least one below the {positions} positions of GPT-2, beside longer ones")
-env = asnn.environment()
-hardware = asnn.hardware_text(env, gpus=device.type == "cuda")
-print(reason)
-asnn.show_preflight(device=device, precision="auto" if device.type == "cuda" else "fp32")
-
-# %% [markdown]
-# The student, its gate and its densities. What is saved by skipping is claimed for a network whose spikes are known to carry information, or marked as ungated.
-
-# %%
-loaded = asnn.load_student(student, size, reason, "v14.4-rates", without=("v16", "v17"), sites=asnn.SITES[2:-1], steps=60, seed=seed)
-brain, recipe, task, origin, site_density = loaded.student, loaded.recipe, loaded.task, loaded.metrics, loaded.site_density
-settings = {"student": asnn.student_id(brain), "layers": layers, "repeats": repeats, "contexts": contexts, "batches": batches, "compiled": compiled, "seed": seed,
-            "threads": env["threads"], "recipe": dataclasses.asdict(recipe), "profile": dataclasses.asdict(loaded.profile)}
-run = asnn.Run.open("v17", run_name or loaded.name, json.loads(json.dumps(settings)))
-print(loaded)
-print(loaded.gate)
-print("densities " + ", ".join(f"{site} {share:.2f}" for site, share in site_density.items()) + " (measured, 8 validation windows)")
-print(run.note)
+hardware = f"{env['cpu']}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
+hardware = hardware if on_cpu else ", ".join(env["gpus"])
+loaded = asnn.load_student(student_run, without=("v16", "v17"), sites=asnn.SITES[2:-1])
+student, task, site_density = loaded.student, loaded.task, loaded.site_density
+name = f"{loaded.metrics['version']}/{loaded.metrics['run']}"
+settings = {"student": student.content_hash(), "hardware": hardware, "layers": layers, "seed": seed,
+            "repeats": repeats, "contexts": contexts, "batches": batches, "compiled": compiled}
+run = asnn.Run.open("v17", run_name or loaded.name, settings)
+print(f"{loaded}\nThe student is {loaded.gate}.\n{run.note}; {hardware}")
+print(f"channels that fire: {pd.Series(site_density).round(2).to_dict()} (measured)")
 
 # %% [markdown]
 # ## Systems
-# All of them with random weights. `GPT-2` is what the student was made from; its int8 form is what a user would try first; `GPT-2 of this size` and transformers' RWKV have as many layers and the width of the student.
+# All with random weights. GPT-2 is what a student is made from; its int8 form (torch.ao, dynamic)
+# is what a user would try first; two others have as many layers as the student and its width. On a
+# GPU all weights are in half precision, and there is no int8.
 
 # %%
-asnn.seed_everything(seed)
-gpt = GPT2Config(n_layer=2 * layers if tiny else 12, n_embd=width, n_head=max(1, width // 64), vocab_size=vocabulary, n_positions=positions, bos_token_id=0, eos_token_id=0)
-spiking = asnn.get_recipe("v14.4-sites").replace(n_layer=layers, d_model=width)
-large = asnn.random_student(spiking, vocabulary, site_density, seed)
-systems = {"GPT-2, eager": AutoModelForCausalLM.from_config(gpt, attn_implementation="eager"), "GPT-2, SDPA": AutoModelForCausalLM.from_config(gpt, attn_implementation="sdpa")}
-systems["GPT-2 of this size"] = AutoModelForCausalLM.from_config(GPT2Config(**{**gpt.to_diff_dict(), "n_layer": layers}), attn_implementation="sdpa")
-systems["RWKV of transformers"] = AutoModelForCausalLM.from_config(RwkvConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=vocabulary, intermediate_size=4 * width, context_length=positions, bos_token_id=0, eos_token_id=0))
-systems |= {"student, dense": large, "dense twin": asnn.random_student(spiking.replace(spike_kind="dense"), vocabulary, {}, seed), "student, gather": asnn.sparsify(large, "gather")}
-large_density = asnn.spike_density(large, torch.randint(0, vocabulary, (2, 32)))
-print(asnn.load_kernel() or "the C++ kernel is built")
+torch.manual_seed(seed)
+same, build = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}, (
+    AutoModelForCausalLM.from_config)
+gpt2, alike = (GPT2Config(n_layer=n, n_embd=width, n_head=max(1, width // 64), **same,
+                          n_positions=positions) for n in (2 * layers if tiny else 12, layers))
+rwkv = RwkvConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width,
+                  context_length=positions, **same)
+large = asnn.RECIPES["v14.4-sites"].replace(n_layer=layers, d_model=width)
+spiking = asnn.random_student(large, vocabulary, site_density, seed)
+systems = {
+    "GPT-2, eager": build(gpt2, attn_implementation="eager"), "GPT-2, SDPA": build(gpt2),
+    "GPT-2 of this size": build(alike), "RWKV of transformers": build(rwkv),
+    "dense twin": asnn.random_student(large.replace(spike_kind="dense"), vocabulary, {}, seed),
+    "student, dense": spiking}
+half = torch.bfloat16 if env["precision"] == "bf16" else torch.float16
+for model in systems.values() if not on_cpu else ():
+    model.to(device, half)
+int8 = {"backend": "gather_int8", "head": "int8", "embeddings": "int8"}
+systems["student, gather"] = asnn.sparsify(spiking, "gather")
+for fuse in [False, True][:on_cpu + compiled]:
+    forms = {"student, dense": asnn.sparsify(spiking, {}, compiled=fuse),
+             "student, dense int8": asnn.quantize_int8(spiking, compiled=fuse),
+             "student, gather_int8": asnn.sparsify(spiking, **int8, compiled=fuse)}
+    systems |= {key + ", compiled" * fuse: model for key, model in forms.items()
+                if bool(model.goose.blocks[0].compiled) == fuse}
+if on_cpu:
+    systems["GPT-2, int8"] = asnn.quantize_int8(systems["GPT-2, SDPA"])
+gather_by = systems["student, gather"].without_kernel or "gathers are the C++ kernel's"
+print(f"{len(systems)} systems; {spiking.num_parameters():,} parameters of the student, "
+      f"{systems['GPT-2, SDPA'].num_parameters():,} of GPT-2; {gather_by}")
 
 # %% [markdown]
-# On the CPU there are int8 forms too. On a GPU the models run under autocast, fp16 on a T4 and bf16 from compute capability 8.0 on; libraries have no int8 gather there.
+# ## How it is measured
+# A step decodes one token of each sequence with the cache that the system has. All take turns,
+# after warm-up calls outside the clock.
 
 # %%
-if device.type == "cpu":
-    systems |= {"GPT-2, int8": asnn.quantize_int8(systems["GPT-2, SDPA"]), "student, dense int8": asnn.quantize_int8(large),
-                "student, auto": asnn.sparsify(large, "auto", density=large_density),
-                "student, gather_int8": asnn.sparsify(large, "gather_int8", head="int8", embeddings="int8")}
-    if compiled:
-        systems |= {f"{name}, compiled": asnn.compile_step(copy.deepcopy(systems[name])) for name in ("student, dense", "student, dense int8", "student, gather", "student, gather_int8")}
-    precision = "fp32 unless a name says int8"
-else:
-    precision, why = asnn.select_precision(device)
-    for name, model in systems.items():
-        model.to(device)
-        if precision != "fp32":
-            model.forward = torch.autocast("cuda", {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])(model.forward)
-fastest = next(name for name in ("student, gather_int8, compiled", "student, gather_int8", "student, gather") if name in systems)
-plain = lambda name: "student, dense" if name.startswith("student") else "GPT-2, eager" if name == "GPT-2, int8" else name  # noqa: E731
-asnn.show_table([{"system": name, "parameters": f"{asnn.count_parameters(systems[plain(name)]) / 1e6:.1f}M", "weights, MiB": f"{asnn.tensor_bytes(model) / 2**20:,.1f}"} for name, model in systems.items()])
-print(f"precision: {precision}; fastest student expected: {fastest}")
+def peak_allocation(call, device):
+    """Bytes that a call has allocated at most at once, over what was there before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler else writes at each start
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as trace:
+        kept = call()  # the profiler knows the sizes only of what it has seen
+        del kept
+        with torch.profiler.record_function("measured"):
+            call()
+    events = sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    since = next(event.start_ns() for event in events if event.name() == "measured")
+    sizes = [event.nbytes() for event in events
+             if event.name() == "[memory]" and event.start_ns() >= since]
+    return int(np.cumsum([0, *sizes]).max())
+
+
+def gpu_joules():
+    """What all GPUs have used so far, by NVML's counters; None where none can be read."""
+    try:
+        import pynvml as nvml
+        nvml.nvmlInit()
+        gpus = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        return sum(map(nvml.nvmlDeviceGetTotalEnergyConsumption, gpus)) / 1e3
+    except Exception:  # no GPU, no driver library, no permission: then energy is only estimated
+        return None
+
+
+def joules_per_call(call, seconds=5.0):
+    """Joules of a call over those of idle GPUs, from two windows; None without a counter."""
+    watts, calls = [], 0
+    for work in (lambda: time.sleep(0.01), call) if gpu_joules() else ():
+        calls, before, start = 0, gpu_joules(), time.perf_counter()
+        while time.perf_counter() < start + seconds:
+            work()
+            calls += 1
+        watts.append((gpu_joules() - before) / seconds)
+    return (watts[1] - watts[0]) * seconds / calls if watts else None
+
+
+def bench(systems, contexts, batches, repeats, hardware, known=()):
+    """Measures decoding of {name: causal language model of transformers}, in turns.
+
+    `contexts` are tokens before the decoded one, `batches` sequences at once, `known` rows that are
+    not measured again. Returns rows {"system", "batch", "context", "hardware", "decode" (timing of
+    a step), "tokens/s", "first token" (seconds, one prefill), "memory" (bytes of weights, cache and
+    activations), "joules per token"}, or a "status" where a system lacks the case.
+    """
+    device, rows = next(iter(systems.values())).device, []
+    known = {(row["system"], row["batch"], row["context"]): row for row in known}
+    ids = torch.randint(0, min(model.config.vocab_size for model in systems.values()),
+                        (max(contexts),), generator=torch.Generator().manual_seed(0)).to(device)
+    for batch in batches:
+        steps, found = {}, {}
+        cases = [(key, batch, context) for context in contexts for key in systems]
+        for case in tqdm(cases, desc=f"batch {batch}", unit="case"):
+            model, context = systems[case[0]].eval(), case[2]
+            ends = getattr(model.config, "n_positions", math.inf)
+            if case in known:
+                found[case] = known[case]
+            elif not getattr(model, "_is_stateful", False) and context >= ends:
+                found[case] = {"status": f"ends at {ends} positions"}  # the token needs one too
+            else:
+                clock = time.perf_counter()
+                steps[case] = asnn.Decoder(model, ids[:context].repeat(batch, 1))
+                found[case] = {"first token": time.perf_counter() - clock}
+                if steps[case]().shape[:2] != (batch, 1):  # transformers' RWKV
+                    found[case] = {"status": "mixes the sequences of a batch"}
+                    del steps[case]
+        for case, timing in asnn.time_interleaved(steps, repeats, 0.0, f"batch {batch}").items():
+            step, joules = steps[case], device.type == "cuda" and joules_per_call(steps[case])
+            memory = {key: step.memory()[key] for key in ("weights", "cache")}
+            found[case] |= {
+                "decode": timing._asdict(), "tokens/s": batch / timing.median,
+                "memory": memory | {"activations": peak_allocation(step, device)},
+                "joules per token": joules / batch if joules else None}
+        rows += [{"system": key, "batch": batch, "context": context, "hardware": hardware,
+                  **found[key, batch, context]} for key, batch, context in cases]
+    return rows
+
+
+def bench_table(rows):
+    """The rows as text, measured values with their unit."""
+    table = []
+    for row in rows:
+        step = [1e3 * row["decode"][part] for part in ("median", "low", "high")] if (
+            "decode" in row) else []
+        table.append({
+            **{key: row[key] for key in ("system", "batch", "context")},
+            "ms per step (quartiles)":
+                "{:.2f} ({:.2f} to {:.2f})".format(*step) if step else row["status"],
+            "tokens/s": f"{row['tokens/s']:,.1f}" if step else "-",
+            "first token, ms (once)": f"{1e3 * row['first token']:,.0f}" if step else "-",
+            "memory, MiB": f"{sum(row['memory'].values()) / 2**20:,.1f}" if step else "-"})
+    return table
+
+
+def agreement(rows, others):
+    """Median latencies there over those here, of what both have. Raises ValueError for rows of
+    other hardware."""
+    here, there = ({row["hardware"] for row in some} for some in (rows, others))
+    if here != there:
+        raise ValueError(f"hardware of the other rows is {there}, and here {here}: not compared.")
+    here, there = ({(row["system"], row["batch"], row["context"]): row["decode"]["median"]
+                    for row in some if "decode" in row} for some in (rows, others))
+    return np.array([there[case] / here[case] for case in here if case in there])
+
 
 # %% [markdown]
 # ## One token at a time
-# Latency of a decoded token after a context, with the cache that each system has; all of them in turns, warm-up calls outside the clock.
+# Measured twice: how far can the numbers be trusted?
 
 # %%
-middle = [context for context in contexts if context < positions][:2][-1]  # the second, where GPT-2 still has a position
-first = asnn.bench(systems, None, [middle], [1], repeats)
-asnn.show_table(first.table())
-print(f"medians of {repeats} interleaved measurements, context {middle}, {hardware}; energy counter: {first.environment['energy counter'] or 'none that can be read: energy is only estimated below'}")
-
-# %% [markdown]
-# The same measurement once more: how far can the numbers be trusted?
-
-# %%
-second = asnn.bench(systems, None, [middle], [1], repeats, prefill_up_to=0)
-agreement = first.agreement(second)
-asnn.show_table([{"system": key[0], "second run over first": f"{ratio:.3f}"} for key, ratio in agreement.items()])
-print(f"medians of two runs differ by {100 * np.median(np.abs(np.array(list(agreement.values())) - 1)):.1f} % in the median and {100 * max(abs(r - 1) for r in agreement.values()):.1f} % at most (measured)")
+middle = [context for context in contexts if context < positions][:2][-1]
+first, second = (bench(systems, [middle], [1], repeats, hardware) for _ in range(2))
+asnn.show_table(bench_table(first))
+apart = 100 * np.abs(agreement(first, second) - 1)
+print(f"medians of {repeats} runs in turns, context {middle}, {hardware}; two measurements differ "
+      f"by {np.median(apart):.1f} % in the median and {apart.max():.1f} % at most (measured)")
 
 # %% [markdown]
 # ## Contexts
-# The student's state has the same size after 128 tokens and after 8192. A transformer's cache grows with each, and GPT-2 has no position beyond its last.
+# The student's state has one size after any number of tokens. A transformer's cache grows with
+# each, and GPT-2 has no position beyond its last.
 
 # %%
-few = [name for name in ("GPT-2, SDPA", "GPT-2, int8", "RWKV of transformers", "student, dense", fastest) if name in systems]
+def decoded(rows):
+    """{system: its rows that have a measured step}."""
+    return {key: [row for row in rows if row["system"] == key and "decode" in row]
+            for key in dict.fromkeys(row["system"] for row in rows if "decode" in row)}
 
 
-def once(later, before):
-    """New measurements, with those of `before` where that has the case too: each case has one number on this page."""
-    known = {before.key(row): row for row in before.rows}
-    return asnn.Bench([known.get(later.key(row), row) for row in later.rows], later.environment)
-
-
-by_context = once(asnn.bench({name: systems[name] for name in few if "RWKV" not in name}, None, contexts, [1], repeats), first)
-asnn.show_table(by_context.table())
-
-
-def plot_lines(bench, x, title, label, ylabel, value):
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for name, style in zip(dict.fromkeys(row["system"] for row in bench.rows), "o-,s--,^-.,D:,v-,x--".split(",")):
-        points = [(row[x], value(row)) for row in bench.rows if row["system"] == name and "decode" in row]
-        alone = {"markersize": 11, "markerfacecolor": "none"} if len(points) == 1 else {}  # seen behind another
-        axis.plot(*zip(*points), style, label=name, **alone)
-    axis.set(title=f"{title}, {hardware}", xscale="log", xlabel=label, ylabel=ylabel, ylim=(0, None))
-    asnn.plain_log(axis.xaxis, sorted({row[x] for row in bench.rows}))
-    axis.legend()
+def plot_lines(rows, x, value, **axis):
+    """A line for each system over `x`, a name in the rows."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (key, some), style in zip(decoded(rows).items(), ("o-", "s--", "^-.", "D:", "v-", "x--")):
+        axes.plot([row[x] for row in some], [value(row) for row in some], style, label=key)
+    ticks = sorted({row[x] for row in rows})
+    axes.set(xscale="log", ylim=(0, None), **axis)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend()
     return figure
 
 
-run.show(plot_lines(by_context, "context", "one decoded token", "context, tokens", "ms per token", lambda row: 1e3 * row["decode"]["median"]), "contexts")
-spread = {name: [row["decode"]["median"] for row in by_context.rows if row["system"] == name and "decode" in row] for name in few}
-print("; ".join(f"{name}: {1e3 * values[0]:.2f} ms at context {contexts[0]}, {1e3 * values[-1]:.2f} ms at {contexts[len(values) - 1]:,}, ratio {values[-1] / values[0]:.3f}" for name, values in spread.items() if values) + " (measured)")
+rate = {key: some[0]["tokens/s"] for key, some in decoded(first).items()}
+fastest = max((key for key in rate if "gather" in key), key=rate.get)
+dense = max((key for key in rate if key.startswith("student, dense")), key=rate.get)
+few = dict.fromkeys(("GPT-2, SDPA", "GPT-2, int8", "student, dense", dense, fastest))
+few = {key: systems[key] for key in few if key in systems}
+by_context = bench(few, contexts, [1], repeats, hardware, known=first)
+asnn.show_table(bench_table(by_context))
+run.show(plot_lines(by_context, "context", lambda row: 1e3 * row["decode"]["median"],
+                    title=f"one decoded token, {hardware}", xlabel="context, tokens",
+                    ylabel="ms per token"), "contexts")
 
 # %% [markdown]
 # ## Batches
-# Many sequences share the weights that a dense product reads, and the advantage of skipping goes: from some batch on, arithmetic is the limit.
+# Several sequences share the weights that a dense product reads; a gather reads its rows for each
+# of them. What wins at how many sequences is measured; the fastest dense form of the student, in
+# int8 with its small operations fused, is the row to hold against.
 
 # %%
-by_batch = asnn.bench({name: systems[name] for name in few}, None, [contexts[0]], batches, max(3, repeats // 2), prefill_up_to=contexts[0])
-by_batch = once(by_batch, first.merge(by_context))
-everything = first.merge(by_context).merge(by_batch)
-asnn.show_table(by_batch.table())
-run.show(plot_lines(by_batch, "batch", f"decoding after {contexts[0]} tokens", "sequences decoded at once", "tokens/s", lambda row: row["tokens/s"]), "batches")
+def batch_sentence(rows, sparse, dense):
+    """What the rows say about two systems at each number of sequences that both have."""
+    speed = {(row["system"], row["batch"]): row["tokens/s"] for row in rows if "decode" in row}
+    both = sorted(batch for key, batch in speed if key == sparse and (dense, batch) in speed)
+    ratios = {batch: speed[sparse, batch] / speed[dense, batch] for batch in both}
+    wins = [str(batch) for batch in both if ratios[batch] > 1]
+    where = f"for {', '.join(wins)} sequences at once and slower for the others"
+    if len(wins) in (0, len(both)):
+        where = f"at {'every' if wins else 'no'} number of sequences"
+    return (f"{sparse} is faster than {dense} {where}: "
+            + ", ".join(f"{ratio:.2f} times at {batch}" for batch, ratio in ratios.items()))
+
+
+short = min(32, contexts[0])
+by_batch = bench(few, [short], batches, max(3, repeats // 2), hardware)
+asnn.show_table(bench_table(by_batch))
+run.show(plot_lines(by_batch, "batch", lambda row: row["tokens/s"], ylabel="tokens/s",
+                    title=f"decoding after {short} tokens, {hardware}",
+                    xlabel="sequences decoded at once"), "batches")
+print(batch_sentence(by_batch, fastest, dense) + " (measured)")
 
 # %% [markdown]
 # ## Memory
-# Weights, state or cache, and what a step allocates, of one sequence after the longest context that each system can hold.
+# Weights, state or cache, and what a step allocates, of one sequence after the longest context that
+# each system can hold.
 
 # %%
-def plot_memory(bench):
-    longest = {row["system"]: row for row in bench.rows if "decode" in row}
-    figure, axis = plt.subplots(figsize=(7, 0.5 + 0.5 * len(longest)))
-    left = np.zeros(len(longest))
-    for part, colour in (("weights", asnn.COLOURS["blue"]), ("cache", asnn.COLOURS["orange"]), ("activations", asnn.COLOURS["green"])):
-        sizes = np.array([row["memory"][part] / 2**20 for row in longest.values()])
-        axis.barh(range(len(longest)), sizes, left=left, color=colour, label={"cache": "state or cache"}.get(part, part))
-        left += sizes
-    axis.set_yticks(range(len(longest)), [f"{name}\n({row['context']:,} tokens)" for name, row in longest.items()], fontsize=8)
-    axis.invert_yaxis()
-    axis.set(title="memory of one sequence", xlabel="MiB")
-    axis.legend()
-    return figure
+def plot_memory(rows):
+    """Stacked bars of the last row of each system."""
+    sizes = {f"{key}\n({some[-1]['context']:,} tokens)": pd.Series(some[-1]["memory"]) / 2**20
+             for key, some in decoded(rows).items()}
+    frame = pd.DataFrame(sizes).T.rename(columns={"cache": "state or cache"})[::-1]
+    axes = frame.plot.barh(stacked=True, figsize=(7, 1 + 0.5 * len(frame)), xlabel="MiB",
+                           title="memory of one sequence")
+    return axes.figure
 
 
 run.show(plot_memory(by_context), "memory")
-print(f"peak memory of this process, all systems at once: {asnn.peak_memory_gb():.2f} GiB (measured)")
 
 # %% [markdown]
 # ## Operations
-# What one token costs the student, by product: multiply-accumulates of the dense form, and what is left of them where spikes feed a product. The sum of the dense form is compared with torch's FlopCounterMode.
+# What one token costs the student: multiply-accumulates of the dense form, and what is left of them
+# where spikes feed a product.
 
 # %%
-operations = asnn.operations(large, large_density)
-summed = {}
-for row in operations:
-    entry = summed.setdefault((row["product"], row["site"].split(".")[0]), {"MACs": 0, "adds": 0, "skipped": 0, "state updates": 0, "density": []})
-    for what in ("MACs", "adds", "skipped", "state updates"):
-        entry[what] += row[what]
-    entry["density"].append(row["density"])
-asnn.show_table([{"product": product, "site": site, "MACs, dense": f"{e['MACs']:,}", "fed by spikes": "yes" if e["skipped"] or (e["adds"] and e["MACs"]) else "no", "density": f"{np.mean(e['density']):.2f}",
-                  "additions left": f"{e['adds']:,}", "skipped": f"{e['skipped']:,}", "state updates": f"{e['state updates']:,}"} for (product, site), e in summed.items()])
-decoder = asnn.Decoder(large, torch.randint(0, vocabulary, (1, 8), device=device))
-with FlopCounterMode(display=False) as counter:
-    decoder()
-analytic, counted = sum(row["MACs"] for row in operations), counter.get_total_flops() // 2
-skipped = sum(row["skipped"] for row in operations)
-print(f"{analytic:,} MACs per token in the dense form, analytic; {counted:,} by FlopCounterMode; {100 * skipped / analytic:.0f} % of them skipped at these densities (measured densities, {layers} layers)")
+def counted_macs(model, context=8):
+    """Multiply-accumulates of one decoded token, counted by FlopCounterMode."""
+    step = asnn.Decoder(model, torch.zeros(1, context, dtype=torch.long, device=model.device))
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() // 2
 
-# %% [markdown]
-# By layer and site, from which the table above is summed:
 
-# %%
-asnn.show_table([{"layer": row["layer"], "product": row["product"], "site": row["site"], "MACs": f"{row['MACs']:,}", "density": f"{row['density']:.2f}", "adds": f"{row['adds']:,}", "skipped": f"{row['skipped']:,}", "state updates": f"{row['state updates']:,}"} for row in operations if row["layer"] in (0, "-")])
-print(f"the first of {layers} layers, and the head")
+rates = asnn.firing_rates(spiking, torch.randint(0, vocabulary, (2, 32)))
+operations = asnn.operations(spiking, rates)
+frame = pd.DataFrame(operations).groupby("product", sort=False).agg({
+    "site": "first", "MACs": "sum", "density": "mean", "adds": "sum", "skipped": "sum",
+    "state updates": "sum"}).reset_index()
+asnn.show_table(frame.round(2).to_dict("records"))
+analytic, counted = int(frame["MACs"].sum()), counted_macs(spiking)
+print(f"{analytic:,} MACs per token in the dense form, {counted:,} by torch's FlopCounterMode; "
+      f"{100 * frame['skipped'].sum() / analytic:.0f} % of them are skipped at these densities")
 
 # %% [markdown]
 # ## Energy
-# Measured where the machine has a counter. Otherwise estimated from operations and bytes at 45 nm (Horowitz 2014: MAC 4.6 pJ, addition 0.9 pJ, a byte of DRAM 160 pJ); a column that leaves out DRAM and head says little, because memory costs most.
+# Measured where a GPU counts it. Otherwise estimated from operations and bytes at 45 nm (Horowitz
+# 2014). A column that leaves out DRAM and head says little, because memory costs most.
 
 # %%
-def bytes_read(model, spikes=None):
-    """Weights that one token reads: all of a dense model's but the embedding table, the rows that fired of a sparse one's."""
-    total = 0
-    for module in model.modules():
-        if isinstance(module, asnn.SpikeLinear):
-            weights = next(w for w in (module.packed, module.rows, module.weight) if w is not None)
-            total += weights.nbytes * (module.density if module.backend_for(1) in ("gather", "gather_int8", "embedding_bag", "embedding_bag_int8") else 1)
-        elif not list(module.children()) and not isinstance(module, torch.nn.Embedding) and "Embedding" not in type(module).__name__:
-            total += asnn.tensor_bytes(module)
-    return int(total)
+ENERGY = {"MAC": 4.6e-12, "add": 0.9e-12, "DRAM byte": 640e-12 / 4}  # joules; fp32, 45 nm
 
 
-def dense_rows(model):
-    """GPT-2's layers and head as rows of MACs, counted by FlopCounterMode on a decoding step."""
-    step = asnn.Decoder(model, torch.randint(0, vocabulary, (1, min(middle, 512)), device=device))
-    with FlopCounterMode(display=False) as found:
-        step()
-    head = model.get_output_embeddings().weight.numel()
-    return [{"product": product, "MACs": macs, "adds": 0, "skipped": 0, "state updates": 0} for product, macs in (("layers", found.get_total_flops() // 2 - head), ("head", head))]
+def energy_estimate(rows, bytes_read):
+    """Estimated joules per token of rows of `operations`: `as built`, all that is computed as MACs;
+    `idealised`, additions where spikes feed, without the head; the same with the head and every
+    byte read, which is the one to compare systems by."""
+    def joules(some, spike):
+        return sum(ENERGY["MAC"] * (row["MACs"] - row["skipped"] - row["adds"]) * (row["MACs"] > 0)
+                   + spike * row["adds"] + ENERGY["MAC"] * row["state updates"] for row in some)
+    inner = [row for row in rows if row["product"] != "head"]
+    return {"as built": joules(rows, ENERGY["MAC"]), "idealised": joules(inner, ENERGY["add"]),
+            "idealised, with DRAM and head":
+                joules(rows, ENERGY["add"]) + bytes_read * ENERGY["DRAM byte"]}
 
 
-dense_operations = asnn.operations(systems["dense twin"])
-sparse_form = asnn.sparsify(large, "gather", density=large_density)
-forms = {"GPT-2, eager": (dense_rows(systems["GPT-2, eager"]), bytes_read(systems["GPT-2, eager"])), "student, dense": (dense_operations, bytes_read(large)),
-         "student, gather": (operations, bytes_read(sparse_form))}
-if device.type == "cpu":
-    forms |= {"GPT-2, int8": (forms["GPT-2, eager"][0], bytes_read(systems["GPT-2, int8"])),
-              "student, gather_int8": (operations, bytes_read(asnn.sparsify(large, "gather_int8", head="int8", density=large_density)))}
-joules = {name: asnn.energy_estimate(rows, size_read) for name, (rows, size_read) in forms.items()}
-counted_joules = {row["system"]: row["joules per token"] for row in first.rows if "decode" in row}
-asnn.show_table([{"system": name, **{f"{column}, uJ (estimated)": f"{1e6 * value:,.1f}" for column, value in columns.items()}, "weights read, MB": f"{forms[name][1] / 1e6:,.1f}",
-                  "measured, J": f"{counted_joules[name]:.3g}" if counted_joules.get(name) else "no counter"} for name, columns in joules.items()])
-print("estimated per decoded token, fp32 operations at 45 nm in all rows: int8 saves more than this table says, in arithmetic, and what it says in memory")
+def weights_read(rows):
+    """Weights that a token of a student reads: all but those of channels that did not fire."""
+    return sum(row["MACs"] - row["skipped"] for row in rows
+               if row["product"].startswith("W_") or row["product"] == "head")
+
+
+word, macs = (4, 1) if on_cpu else (2, 2), counted_macs(systems["GPT-2, eager"], min(middle, 512))
+of_gpt2 = [{"product": "all", "MACs": macs, "adds": 0, "skipped": 0, "state updates": 0}]
+of_dense, one = asnn.operations(systems["dense twin"]), torch.ones(1, 2, dtype=torch.long)
+forms = {"student, dense": (of_dense, word[0] * weights_read(of_dense)),
+         "student, gather": (operations, word[0] * weights_read(operations)),
+         "student, gather_int8": (operations, weights_read(operations))}
+forms |= {key: (of_gpt2, asnn.Decoder(systems[key], one.to(device)).memory()["read"])
+          for key in ("GPT-2, eager", "GPT-2, int8") if key in systems}
+joules = {key: energy_estimate(*form) for key, form in forms.items() if key in systems}
+used = {row["system"]: row.get("joules per token") for row in first}
+asnn.show_table([{
+    "system": key, **{f"{column}, uJ (est.)": f"{1e6 * v:,.4g}" for column, v in row.items()},
+    "weights read, MB": f"{forms[key][1] / 1e6:,.1f}",
+    "measured, J": f"{used[key]:.3g}" if used[key] else "no counter"}
+    for key, row in joules.items()])
+print("estimated with fp32 operations in all rows: int8 saves more arithmetic than this table says")
 
 # %% [markdown]
-# ## Quality per cost
-# Tokens per second and joules of the full size, the gap of the trained student on its own task: two facts about two networks of one kind, put side by side because only together they mean something. Systems that were not trained have no gap.
+# ## Quality and speed of one network
+# Here both belong to the same network: the trained student and its teacher, which are small, on
+# their own task. The dense twin's gap is the student's over the ternary tax that v14.4 measured.
 
 # %%
-scored = task.tokens["validation"][:(2048 if tiny else 20_480) + 1]
-quality = {"student, dense": asnn.evaluate(brain, scored, recipe.seq_len, description="dense"), "student, gather": asnn.evaluate(asnn.sparsify(brain, "gather"), scored, recipe.seq_len, description="gather")}
-if device.type == "cpu":
-    quality |= {"student, gather_int8": asnn.evaluate(asnn.sparsify(brain, "gather_int8", head="int8", embeddings="int8"), scored, recipe.seq_len, description="gather_int8"),
-                "student, dense int8": asnn.evaluate(asnn.quantize_int8(brain), scored, recipe.seq_len, description="dense int8")}
-teacher = asnn.evaluate(task.teacher.model, scored, recipe.seq_len, description="teacher")
-gaps = {"GPT-2, SDPA": 1.0, **{name: result.ppl / teacher.ppl for name, result in quality.items()}}
-gaps |= {"GPT-2, eager": 1.0, "GPT-2, int8": asnn.evaluate(asnn.quantize_int8(task.teacher.model), scored, recipe.seq_len, description="teacher int8").ppl / teacher.ppl} if device.type == "cpu" else {}
-if origin.get("tax"):
-    gaps["dense twin"] = gaps["student, dense"] / origin["tax"]["value"] if "value" in origin["tax"] else None
-gap_of = lambda name: gaps.get(name.replace(", compiled", ""), gaps.get("student, dense") if name == "student, auto" else None)  # noqa: E731
-speed = {row["system"]: row["tokens/s"] for row in first.rows if "decode" in row}
-energy = {name: columns["idealised, with DRAM and head"] for name, columns in joules.items()}
-asnn.show_table([{"system": name, "tokens/s": f"{rate:,.1f}", "gap": f"{gap_of(name):.3f}" if gap_of(name) else "not trained", "uJ per token (estimated)": f"{1e6 * energy[name.replace(', compiled', '')]:,.0f}" if name.replace(", compiled", "") in energy else "-"} for name, rate in speed.items()])
-print(f"gap: validation PPL over that of the teacher ({teacher.ppl:.2f}) on the same {teacher.tokens:,} tokens, {origin['version']}/{origin['run']} (measured; {'gated' if loaded.gated else 'ungated'})")
+def twin_gap(gap, metrics):
+    """The student's gap over the mean ternary tax of a run's metrics; None without one."""
+    taxes = [one["tax"] for one in (metrics.get("tax") or {}).get("runs", [])]
+    return gap / float(np.mean(taxes)) if taxes else None
 
 
-def plot_pareto():
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), sharey=True)
-    numbers = {name: i + 1 for i, name in enumerate(name for name in speed if gap_of(name))}
-    for axis, values, label, best in ((axes[0], speed, "tokens/s, batch 1 (measured)", max), (axes[1], {n: 1e6 * v for n, v in energy.items()}, "uJ per token, with DRAM and head (estimated)", min)):
-        points = {name: (value, gap_of(name)) for name, value in values.items() if gap_of(name)}
-        clusters = []  # points that lie together have their numbers in one text
-        for name, (x, y) in sorted(points.items(), key=lambda item: (round(item[1][1], 1), item[1][0])):
-            skips = "gather" in name or "auto" in name
-            axis.scatter(x, y, color=asnn.COLOURS["vermillion" if skips else "blue"], marker="s" if skips else "o", zorder=3)
-            last = clusters[-1][-1] if clusters else None
-            if last and abs(x - last[0]) < 0.05 * max(p[0] for p in points.values()) and abs(y - last[1]) < 0.1:
-                clusters[-1].append((x, y, name))
-            else:
-                clusters.append([(x, y, name)])
-        for cluster in clusters:
-            x, y = np.mean([x for x, _, _ in cluster]), max(y for _, y, _ in cluster)
-            axis.annotate(", ".join(str(numbers[name]) for *_, name in cluster), (x, y), xytext=(0, 8), textcoords="offset points", ha="center",
-                          fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8}, zorder=2)
-        front = sorted(p for p in set(points.values()) if not any((q[0] >= p[0] if best is max else q[0] <= p[0]) and q[1] <= p[1] and q != p for q in points.values()))
-        axis.plot(*zip(*front), "k--", lw=0.8, zorder=1)
-        axis.set(xlabel=label)
-        axis.margins(0.15)
-    axes[0].set(ylabel="gap (student PPL / teacher PPL)", title="faster is to the right")
-    axes[1].set(title="less energy is to the left")
-    keys = [plt.Line2D([], [], color=asnn.COLOURS[colour], marker=marker, linestyle="none", label=label)
-            for colour, marker, label in (("blue", "o", "dense products"), ("vermillion", "s", "products that skip zeros"))]
-    axes[1].legend(handles=[*keys, plt.Line2D([], [], color="k", linestyle="--", lw=0.8, label="Pareto front")], loc="center right")
-    figure.tight_layout()
-    figure.subplots_adjust(right=0.8)
-    figure.text(0.81, 0.5, "\n".join(f"{number}  {name}" for name, number in numbers.items()), fontsize=8, va="center")
+def plot_pareto(speed, gaps):
+    """Gap over speed of networks that have both, and the line of those that no other beats."""
+    points = {key: (speed[key], gap) for key, gap in gaps.items() if gap}
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (key, point), marker in zip(points.items(), "os^DvP"):
+        axes.plot(*point, marker, markersize=9, alpha=0.7, label=key)
+    front = sorted(p for p in points.values() if not any(
+        q[0] >= p[0] and q[1] <= p[1] and q != p for q in points.values()))
+    axes.plot(*zip(*front), "k--", linewidth=0.8, zorder=0, label="none is better in both")
+    axes.set(xlabel="tokens/s, one sequence", ylabel="gap (PPL over the teacher's)",
+             title="trained networks, each with its own speed and gap")
+    axes.margins(0.12)
+    axes.legend()
     return figure
 
 
-run.show(plot_pareto(), "pareto")
-
-# %% [markdown]
-# ## Cost of training
-# What the student's run took, and what a point of gap cost in it. The price of an hour is an assumption of the parameter cell.
-
-# %%
-training = origin["training"]
-hours = training["seconds"] / 3600
-teacher_ppl = origin["teacher"]["test"]["ppl"]
-gap_end = origin["gap"]["test"]["value"]
-recipe_vocabulary = brain.config.vocab_size
-untrained = recipe_vocabulary / teacher_ppl  # a model that knows nothing guesses among all tokens
-asnn.show_table([{"run": f"{origin['version']}/{origin['run']}", "steps": training["step"], "tokens/s": f"{training['tokens_per_second']:,.0f}", "hours": f"{hours:.3f}", "gap at the end": f"{gap_end:.3f}",
-                  "cost, $ (estimated)": f"{hours * price_per_hour:.4f}", "cost of halving the gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, math.log2(untrained / gap_end)):.5f}",
-                  "cost per point of gap, $ (estimated)": f"{hours * price_per_hour / max(1e-9, untrained - gap_end):.2g}"}])
-print(f"from a model that guesses among all {recipe_vocabulary:,} tokens (gap {untrained:.0f}) to the end of the run; hours measured, {price_per_hour} $ per hour assumed")
+trained = {"teacher": task.teacher, "student, dense": student,
+           "student, gather": asnn.sparsify(student, "gather"),
+           "student, dense int8": asnn.quantize_int8(student),
+           "student, gather_int8": asnn.sparsify(student, **int8)}
+scored = task.tokens["validation"][:(2048 if tiny else 10_240) + 1]
+quality = {key: asnn.evaluate(model, scored, loaded.recipe.seq_len, description=key)
+           for key, model in trained.items()}
+gaps = {key: result.ppl / quality["teacher"].ppl for key, result in quality.items()}
+gaps["dense twin"] = twin_gap(gaps["student, dense"], loaded.metrics)
+trained["dense twin"] = task.build_student(loaded.recipe.replace(spike_kind="dense"))
+own = bench(trained, [loaded.recipe.seq_len // 2], [1], repeats, hardware)
+own_rate = {row["system"]: row["tokens/s"] for row in own}
+asnn.show_table([{"network": key, "tokens/s, on the CPU": f"{own_rate[key]:,.1f}",
+                  "gap": f"{gaps[key]:.3f}" if gaps[key] else "no tax was measured"}
+                 for key in trained])
+print(f"{name}: PPL over the teacher's {quality['teacher'].ppl:.2f} on the same "
+      f"{quality['teacher'].tokens:,} validation tokens (measured)")
+hours = loaded.metrics["training"]["seconds"] / 3600
+halvings = math.log2(student.config.vocab_size / quality["student, dense"].ppl)
+cost = hours * price_per_hour
+print(f"its training took {hours:.2f} h (measured), at {price_per_hour} $ per hour {cost:.4f} $, "
+      f"{cost / max(1e-9, halvings):.5f} $ per halving of the PPL from a guess on (estimated)")
+run.show(plot_pareto(own_rate, gaps), "pareto")
 
 # %% [markdown]
 # ## Scale
-# Four sizes, measured: latency is the layers' fixed costs and the bytes that a token reads. Two numbers are fitted to the four, and an estimate for a billion parameters follows with its interval.
+# A step takes a time for each layer and for each byte that it reads: two numbers, fitted to four
+# sizes, give an estimate for a billion parameters with its interval.
 
 # %%
-sizes = [(64, 1), (64, 2), (128, 1), (128, 2)] if tiny else [(256, 2), (512, 4), (768, 5), (1024, 10)]
-scaled = {}
-for d, n in tqdm(sizes, desc="sizes"):
-    model = asnn.random_student(asnn.get_recipe("v14.4-sites").replace(n_layer=n, d_model=d), vocabulary, site_density, seed)
-    form = asnn.sparsify(model, "gather_int8" if device.type == "cpu" else "gather", head="int8" if device.type == "cpu" else "dense", density=asnn.spike_density(model, torch.randint(0, vocabulary, (2, 32)))).to(device)
-    for name, candidate in (("dense", model.to(device)), ("sparse", form)):
-        scaled[name, d, n] = {"parameters": asnn.count_parameters(model), "bytes": bytes_read(candidate), "memory": asnn.tensor_bytes(candidate), "step": asnn.Decoder(candidate, torch.randint(0, vocabulary, (1, 16), device=device))}
-timings = asnn.time_interleaved({key: value["step"] for key, value in scaled.items()}, repeats, min_seconds=0.0)
-
-
-def fit_latency(name, target):
-    """Seconds = a * layers + b * bytes, by least squares on relative errors; (a, b, estimate, half of its 95 % interval) for a target (layers, bytes)."""
+def fit_latency(layers, sizes, seconds, target):
+    """Seconds = a layers + b bytes by least squares on relative errors, a and b not below 0:
+    (a, b, estimate for target (layers, bytes), half of its 95 % interval for a new measurement)."""
     from scipy import optimize, stats
-    keys = [key for key in scaled if key[0] == name]
-    seconds = np.array([timings[key].median for key in keys])
-    X = np.array([[key[2], scaled[key]["bytes"]] for key in keys]) / seconds[:, None]
-    scale = X.max(0)
-    inverse = np.linalg.inv((X / scale).T @ (X / scale))
-    coefficients = optimize.nnls(X / scale, np.ones(len(keys)))[0]  # neither a layer nor a byte takes less than no time
-    residual = np.ones(len(keys)) - X / scale @ coefficients
-    variance = residual @ residual / (len(keys) - 2)
-    x = np.array(target) / scale
-    estimate = x @ coefficients
+    X = np.column_stack([layers, sizes]) / np.asarray(seconds)[:, None]
+    scale, n = X.max(0), len(X)
+    X = X / scale
+    found, x = optimize.nnls(X, np.ones(n))[0], np.asarray(target) / scale
+    variance, estimate = np.sum((1 - X @ found) ** 2) / (n - 2), float(x @ found)
     # The error of a new measurement is relative to it, as those of the fit are.
-    half = stats.t.ppf(0.975, len(keys) - 2) * math.sqrt(variance * (x @ inverse @ x + estimate ** 2))
-    return coefficients[0] / scale[0], coefficients[1] / scale[1], estimate, half
+    spread = math.sqrt(variance * (x @ np.linalg.inv(X.T @ X) @ x + estimate**2))
+    return (*(found / scale).tolist(), estimate, float(stats.t.ppf(0.975, n - 2) * spread))
 
 
-billion = asnn.get_recipe("v14.4-sites").replace(n_layer=16, d_model=2048).student_config(vocabulary)
-with torch.device("meta"):
-    parameters = asnn.count_parameters(asnn.GooseForCausalLM(billion))
-layer_weights = 16 * 13 * 2048 ** 2
-mean_density = float(np.mean([site_density["mix_in"]] * 4 + [site_density["mix_out"]] + [site_density["ffn_in"]] * 4 + [site_density["ffn_hidden"]] * 4))
-target_bytes = {"dense": 4.0 * (layer_weights + 2048 * vocabulary), "sparse": (1.0 if device.type == "cpu" else 4.0) * (layer_weights * mean_density + 2048 * vocabulary)}
-fits = {name: fit_latency(name, (16, target_bytes[name])) for name in ("dense", "sparse")}
-asnn.show_table([{"form": name, "width": d, "layers": n, "parameters": f"{scaled[name, d, n]['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": t.text(), "read per token, MB": f"{scaled[name, d, n]['bytes'] / 1e6:.1f}",
-                  "weights, MiB": f"{scaled[name, d, n]['memory'] / 2**20:.0f}", "fitted, ms": f"{1e3 * (fits[name][0] * n + fits[name][1] * scaled[name, d, n]['bytes']):.2f}"} for (name, d, n), t in timings.items()])
-for name, (per_layer, per_byte, estimate, half) in fits.items():
-    print(f"{name}: {1e3 * per_layer:.2f} ms per layer and {1e-9 / max(per_byte, 1e-15):.1f} GB/s fitted; {parameters / 1e9:.2f}B parameters (2048 wide, 16 layers): {1e3 * max(0.0, estimate - half):.0f} to {1e3 * (estimate + half):.0f} ms per token (estimated, 95 % interval of a new measurement)")
-
-# %%
-def plot_scale():
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for (name, marker, colour) in (("dense", "o", asnn.COLOURS["blue"]), ("sparse", "s", asnn.COLOURS["vermillion"])):
-        keys = [key for key in scaled if key[0] == name]
-        axis.plot([scaled[key]["parameters"] / 1e6 for key in keys], [1e3 * timings[key].median for key in keys], marker, color=colour, label=f"{name}, measured")
-        *_, estimate, half = fits[name]
-        axis.errorbar([parameters / 1e6], [1e3 * estimate], [[1e3 * min(half, 0.99 * estimate)], [1e3 * half]], fmt=marker, mfc="none", color=colour, capsize=4, label=f"{name}, estimated")
-    axis.set(title=f"decoding at other sizes, {hardware}", xscale="log", yscale="log", xlabel="parameters, millions", ylabel="ms per token")
-    asnn.plain_log(axis.xaxis)
-    asnn.plain_log(axis.yaxis)
-    axis.legend()
+def plot_scale(rows, fits, parameters, title):
+    """Latencies of rows {"form", "parameters", "seconds"}, and estimates with their intervals."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (form, (*_, estimate, spread)), colour, marker in zip(fits.items(), ("C0", "C1"), "os"):
+        some = [(row["parameters"] / 1e6, 1e3 * row["seconds"]) for row in rows
+                if row["form"] == form]
+        axes.plot(*zip(*some), marker, color=colour, label=f"{form}, measured")
+        ends = [[1e3 * min(spread, 0.99 * estimate)], [1e3 * spread]]
+        axes.errorbar([parameters / 1e6], [1e3 * estimate], ends, fmt=marker, mfc="none",
+                      capsize=4, color=colour, label=f"{form}, estimated")
+    axes.set(title=title, xscale="log", yscale="log", xlabel="parameters, millions",
+             ylabel="ms per token")
+    axes.legend()
     return figure
 
 
-run.show(plot_scale(), "scale")
+sizes = [(64, 1), (64, 2), (128, 1), (128, 2)] if tiny else [(256, 2), (384, 3), (512, 4), (768, 5)]
+inner = {key.split(".", 1)[1]: rate for key, rate in rates.items() if key.startswith("0.")}
+scaled, steps = [], []
+for d, n in [*sizes, (2048, 16)]:
+    recipe = large.replace(n_layer=n, d_model=d)
+    with torch.device("meta"):
+        model = asnn.GooseForCausalLM(recipe.student_config(vocabulary))
+    density = {f"{layer}.{site}": rate for layer in range(n) for site, rate in inner.items()}
+    for form, size in (("dense", word[0] * weights_read(asnn.operations(model))),
+                       ("sparse", word[1] * weights_read(asnn.operations(model, density)))):
+        scaled.append({"form": form, "width": d, "layers": n, "bytes": size,
+                       "parameters": model.num_parameters()})
+    if (d, n) in sizes:
+        model = asnn.random_student(recipe, vocabulary, site_density, seed)
+        model = model if on_cpu else model.to(device, half)
+        sparse = asnn.sparsify(model, "gather_int8", "int8") if on_cpu else asnn.sparsify(model)
+        steps += [asnn.Decoder(form, one.to(device)) for form in (model, sparse)]
+timings = asnn.time_interleaved(dict(enumerate(steps)), repeats, 0.0)
+measured, billion, fits = scaled[:-2], scaled[-2:], {}
+for row, timing in zip(measured, timings.values()):
+    row |= {"seconds": timing.median, "text": timing.text()}
+for target in billion:
+    some = [row for row in measured if row["form"] == target["form"]]
+    fits[target["form"]] = fit_latency(*([row[key] for row in some] for key in (
+        "layers", "bytes", "seconds")), (target["layers"], target["bytes"]))
+asnn.show_table([{
+    "form": row["form"], "width x layers": f"{row['width']} x {row['layers']}",
+    "parameters": f"{row['parameters'] / 1e6:.1f}M", "ms per token (quartiles)": row["text"],
+    "read per token, MB": f"{row['bytes'] / 1e6:.1f}",
+    "fitted, ms": f"{1e3 * np.dot(fits[row['form']][:2], (row['layers'], row['bytes'])):.2f}"}
+    for row in measured])
+for form, (per_layer, per_byte, estimate, spread) in fits.items():
+    low, high = (1e3 * max(0, estimate + sign * spread) for sign in (-1, 1))
+    print(f"{form}: {1e3 * per_layer:.2f} ms per layer and {1e9 * per_byte:.3f} ms per MB fitted; "
+          f"{billion[0]['parameters'] / 1e9:.2f}B parameters: {low:.0f} to {high:.0f} ms per token "
+          "(estimated)")
+run.show(plot_scale(measured, fits, billion[0]["parameters"], f"decoding, {hardware}"), "scale")
 
 # %% [markdown]
 # ## Contract
-# Facts that hold in every profile and on every machine; continuous integration compares their output.
+# Facts that hold on every machine; continuous integration compares the output.
 
 # %% tags=["nbval-check-output"]
 print("analytic MACs equal FlopCounterMode:", analytic == counted)
-print("what is fed is added or skipped:", all(row["adds"] + row["skipped"] == row["MACs"] for row in operations if row["skipped"]))
-print("the idealised estimate is never above what is built:", all(columns["idealised"] <= columns["as built"] for columns in joules.values()))
-states = {row["memory"]["cache"] for row in by_context.rows if row["system"] == "student, dense" and "decode" in row}
+print("idealised is never above what is built:", all(row["idealised"] <= row["as built"]
+                                                     for row in joules.values()))
+states = {row["memory"]["cache"] for row in decoded(by_context)["student, dense"]}
 print("the student's state has one size at all contexts:", len(states) == 1)
-print("GPT-2 ends at its positions:", any("ends at" in row.get("status", "") for row in by_context.rows if row["system"].startswith("GPT-2")))
-print("each case has one number:", all(row in everything.rows for part in (first, by_context, by_batch) for row in part.rows))
-print("a second run is measured anew:", any(ratio != 1 for ratio in agreement.values()))
-try:
-    first.agreement(asnn.Bench([], first.environment | {"cpu": "another"}))
-except ValueError as error:
-    print("other hardware is not compared:", "cpu of the other measurements" in str(error))
+print("GPT-2 ends at its positions:", any("ends at" in row.get("status", "") for row in by_context))
 
 # %% [markdown]
 # ## Saved artefacts
 # `bench.json` holds every row, `bench.md` and `bench.tex` the tables for a README and a paper.
 
 # %%
-if run.main:
-    everything.save(run.folder / "bench.json")
-    everything.save(run.folder.parent / "bench.json")
-    for name, text in (("bench.md", everything.markdown()), ("bench.tex", everything.latex())):
-        asnn.write_atomically(run.folder / name, text)
-        asnn.write_atomically(run.folder.parent / name, text)
-    asnn.write_atomically(run.folder / "efficiency.json", json.dumps({
-        "gate": loaded.gate, "gated": loaded.gated, "context": middle, "measured twice": "the first", "fastest": fastest, "densities": site_density, "operations": operations, "joules, estimated": joules, "bytes read": {name: size_read for name, (_, size_read) in forms.items()},
-        "gaps": gaps, "agreement": {" ".join(map(str, key)): ratio for key, ratio in agreement.items()}, "scale": {f"{name} {d} {n}": {k: v for k, v in value.items() if k != "step"} | dataclasses.asdict(timings[name, d, n]) for (name, d, n), value in scaled.items()},
-        "fits": fits, "training": {"hours": hours, "price per hour, assumed": price_per_hour}, "hardware": hardware}, indent=1))
-run.finish({**origin, "version": f"v17 of {origin['version']}", "run": run.folder.name, "notebook_seconds": time.perf_counter() - begin})
+rows = first + [row for row in by_context if row["context"] != middle] + by_batch
+table = pd.DataFrame(bench_table(rows))
+latex = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+run.save("bench.json", {"environment": asnn.environment(), "rows": rows})
+run.save("bench.md", table.to_markdown(index=False) + "\n")
+run.save("bench.tex", latex.to_latex(hrules=True))
+run.save("efficiency.json", {
+    "student": name, "gate": loaded.gate, "gated": loaded.gated, "hardware": hardware,
+    "context": middle, "fastest": fastest, "densities": site_density, "operations": operations,
+    "joules, estimated": joules, "bytes read": {key: size for key, (_, size) in forms.items()},
+    "gaps": gaps, "tokens/s of the trained networks": own_rate, "scale": scaled, "fits": fits,
+    "two measurements apart, %": apart.tolist(), "hours": hours, "price per hour": price_per_hour})
+run.finish({"version": f"v17 of {loaded.metrics['version']}", "run": run.folder.name,
+            "student": name, "gated": loaded.gated, "environment": env, "tokens/s": rate,
+            "seconds": time.perf_counter() - begin})
 
 # %% tags=["nbval-check-output"]
-print("saved:", sorted({"bench.json", "bench.md", "bench.tex", "efficiency.json", "metrics.json", "config.json", "env.json", "figures"} & {path.name for path in run.folder.glob("*")}))
+files = {"bench.json", "bench.md", "bench.tex", "efficiency.json", "metrics.json", "figures"}
+print("saved:", sorted(files & {path.name for path in run.folder.glob("*")}))
 
 # %% [markdown]
 # ## Summary
-# The student is fast for three reasons, and only one of them is spikes: products read memory better than the library's, int8 weights are a fourth of the bytes, and zeros are skipped. `asnn_v16_sparse` takes the first and the last apart; `student, dense int8, compiled` is the fair row to hold against.
+# Sentences made from the numbers above. Three things may make the student fast, and only one is
+# spikes: a kernel that reads memory well, int8 weights, skipped zeros. v16 takes them apart.
 
 # %%
-rate = {row["system"]: row for row in first.rows if "decode" in row}
-whole = lambda row: sum(row["memory"].values())  # noqa: E731
-against = [name for name in ("GPT-2, eager", "GPT-2, SDPA", "GPT-2, int8", "GPT-2 of this size", "RWKV of transformers", "student, dense", "student, dense int8") if name in rate]
-print(f"The student is {loaded.gate}. {fastest}, {layers} layers of width {width}, context {middle}, batch 1, {hardware}: {rate[fastest]['tokens/s']:,.1f} tokens/s, that is " + ", ".join(f"{rate[fastest]['tokens/s'] / rate[name]['tokens/s']:.2f}x {name}" for name in against) + " (measured).")
-print(f"Memory (weights, state or cache, activations): {whole(rate[fastest]) / 2**20:,.0f} MiB, " + ", ".join(f"{whole(rate[fastest]) / whole(rate[name]):.2f} of {name}" for name in against) + " (measured).")
-if spread.get(fastest):
-    print(f"Latency at context {contexts[-1]:,} is {spread[fastest][-1] / spread[fastest][0]:.3f} of that at {contexts[0]} (measured).")
-print(f"{time.perf_counter() - begin:.0f} s in this notebook; results in {os.path.relpath(run.folder)}")
+whole = {row["system"]: sum(row["memory"].values()) for row in first}
+others = [key for key in ("GPT-2, SDPA", "GPT-2, int8", "GPT-2 of this size", dense) if key in rate]
+print(f"The trained student {name} is {loaded.gate}. Speed is that of {layers} layers of width "
+      f"{width} with random weights, context {middle}, {hardware} (measured):")
+print(f"{fastest} decodes {rate[fastest]:,.1f} tokens/s in {whole[fastest] / 2**20:,.0f} MiB: "
+      + "; ".join(f"{rate[fastest] / rate[key]:.2f} times the speed and "
+                  f"{whole[fastest] / whole[key]:.2f} of the memory of {key}" for key in others))
+ends = [row["decode"]["median"] for row in decoded(by_context)[fastest]]
+print(f"Its latency after {contexts[-1]:,} tokens is {ends[-1] / ends[0]:.2f} of that after "
+      f"{contexts[0]}. {batch_sentence(by_batch, fastest, dense)}.")
+print(f"Finished: v17 in {time.perf_counter() - begin:.0f} s; {os.path.relpath(run.folder)}")

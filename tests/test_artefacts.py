@@ -1,30 +1,31 @@
-"""Artefacts: run folders, tables, model cards, the run checks, and where results go."""
+"""Artefacts: run folders, the student of a page, tables, figures; what v14.3 and v14.4 own."""
 import copy
-import dataclasses
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import definitions, isolate
+from matplotlib import pyplot
 
 import asnn_common as asnn
 
-SETTINGS = {"recipe": "v14.3", "seed": 42}
+SETTINGS = {"recipe": {"name": "v14.3", "lr": 0.1}, "seed": 42}
 
 
-def metrics(run="run", ppl=20.0, bits=1.25):
+def metrics(run="run", ppl=20.0, bits=1.25, version="v14.3", teacher="gpt2"):
     """What a run writes, with figures that are easy to find again."""
     split = {"ppl": ppl, "nll": 3.0, "nll_se": 0.01, "tokens": 12345, "windows": 77, "seq_len": 16,
              "bits_per_byte": bits, "word_ppl": 99.0}
-    return {"run": run, "version": "v14.3", "corpus": {"name": "small", "hash": "0123456789abcdef"},
-            "teacher": {"name": "a-teacher", "test": {**split, "ppl": 10.0}},
-            "student": {"test": split, "parameters": 1_500_000, "density": {"0.k": 0.4, "0.v": 0.5}},
+    return {"run": run, "version": version, "corpus": {"name": "wikitext-2", "hash": "0123456789"},
+            "teacher": {"name": teacher, "test": {**split, "ppl": 10.0}},
+            "student": {"test": split, "parameters": 1_500_000, "density": {"0.k": 0.4, "0.v": .5}},
             "gap": {"test": {"value": ppl / 10, "standard_error": 0.021}},
             "training": {"step": 321, "tokens_per_second": 4567.0},
             "environment": {"gpus": [], "cpu": "A CPU", "threads": 3}}
@@ -33,463 +34,394 @@ def metrics(run="run", ppl=20.0, bits=1.25):
 # ---- run folders
 
 
-def test_a_new_run_has_its_settings_and_environment(tmp_path):
-    run = asnn.Run.open("v14.3", "first", SETTINGS, tmp_path)
-    assert run.folder == tmp_path / "v14.3" / "first" and run.note == "new run first"
-    assert json.loads((run.folder / "config.json").read_text()) == SETTINGS
-    assert json.loads((run.folder / "env.json").read_text()) == asnn.environment()
-    assert (run.folder / "figures").is_dir()
-
-
-def test_a_finished_run_is_never_overwritten(tmp_path):
-    first = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path)
-    first.finish(metrics())
-    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
-    second = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path)
-    assert second.folder.name == "name-2" and "name exists with other settings or is finished" in second.note
-    second.finish(metrics(ppl=5.0))
-    assert asnn.Run.open("v14.3", "name", SETTINGS, tmp_path).folder.name == "name-3"
-    assert before == {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
-
-
-def test_an_unfinished_run_with_the_same_settings_is_resumed(tmp_path):
-    first = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path)
-    again = asnn.Run.open("v14.3", "name", dict(reversed(SETTINGS.items())), tmp_path)
-    assert again.folder == first.folder and again.note == "resuming unfinished run name"
-
-
-def test_other_settings_get_a_folder_of_their_own(tmp_path):
-    first = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path)
-    other = asnn.Run.open("v14.3", "name", {**SETTINGS, "seed": 7}, tmp_path)
-    assert other.folder.name == "name-2"
-    assert asnn.Run.open("v14.3", "name", {**SETTINGS, "seed": 7}, tmp_path).folder == other.folder
+def test_runs_are_new_resumed_or_left_alone(tmp_path):
+    first = asnn.Run.open("v14.3", "name", SETTINGS)
+    assert first.folder == tmp_path / "outputs" / "v14.3" / "name" and first.note == "new run name"
     assert json.loads((first.folder / "config.json").read_text()) == SETTINGS
+    env = json.loads((first.folder / "env.json").read_text())
+    assert env["versions"] == asnn.environment()["versions"] and (first.folder / "figures").is_dir()
+    again = asnn.Run.open("v14.3", "name", dict(reversed(SETTINGS.items())))
+    assert (again.folder, again.note) == (first.folder, "resuming unfinished run name")
+    other = asnn.Run.open("v14.3", "name", {**SETTINGS, "seed": 7})
+    assert other.folder.name == "name-2" and "other settings or is finished" in other.note
+    assert asnn.Run.open("v14.3", "name", {**SETTINGS, "seed": 7}).folder == other.folder
+    first.finish(metrics())
+    files = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    third = asnn.Run.open("v14.3", "name", SETTINGS)
+    third.finish(metrics(ppl=5.0))
+    assert third.folder.name == "name-3" and len(files) == 3
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert asnn.Run.open("v14.3", "name", SETTINGS).folder.name == "name-4"
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".", "a b", "a\\b", "x*", "../up"])
-def test_a_bad_run_name_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="run name is .*; allowed: at most 100 letters, digits, '.', '_' and '-'"):
-        asnn.Run.open("v14.3", name, SETTINGS, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_a_run_with_something_left_keeps_its_checkpoint_and_is_opened_again(tmp_path):
+    run = asnn.Run.open("v14.4", "night", SETTINGS)
+    (run.folder / "checkpoint-9").mkdir()
+    for left, name in (({"left": "the ternary tax"}, "night"), ({}, "night-2")):
+        run.finish({**metrics(), **left})
+        assert (run.folder / "checkpoint-9").is_dir() == bool(left) and asnn.Run.finished()
+        assert asnn.Run.open("v14.4", "night", SETTINGS).folder.name == name
 
 
-def test_a_run_without_a_name_gets_the_time(tmp_path):
-    name = asnn.Run.open("v14.3", None, SETTINGS, tmp_path).folder.name
-    assert len(name) == 15 and name.replace("-", "").isdigit()
-
-
-def test_a_figure_is_saved_in_the_run_and_closed(tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    pyplot.switch_backend("agg")
-    run, figure = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path), pyplot.figure()
-    run.show(figure, "curve")
-    assert (run.folder / "figures" / "curve.png").read_bytes()[1:4] == b"PNG"
-    assert "<svg" in (run.folder / "figures" / "curve.svg").read_text()
-    assert not pyplot.fignum_exists(figure.number)
-
-
-def test_a_run_interrupted_while_it_finishes_is_unfinished(tmp_path, distillation, teacher, monkeypatch):
-    run = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path)
-    (run.folder / "checkpoint.pt").write_bytes(b"checkpoint")
-    student = distillation()[0].student
-
-    def interrupted(metrics):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(asnn, "model_card", interrupted)
-        run.finish(metrics(), student, teacher.tokenizer)
-    assert not (run.folder / "metrics.json").exists() and not (run.folder / "student").exists()
-    assert (run.folder / "checkpoint.pt").exists() and asnn.runs(tmp_path) == []
-    again = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path)
-    assert again.folder == run.folder
-    again.finish(metrics(), student, teacher.tokenizer)
-    assert asnn.runs(tmp_path) == [metrics()] and not (run.folder / "checkpoint.pt").exists()
-
-
-LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-student = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-torch.save((student.eval()(torch.arange(10).view(1, 10)).logits.detach(), tokenizer.get_vocab()), sys.argv[2])
-"""
-
-
-def test_a_saved_student_needs_nothing_but_its_folder(tmp_path, distillation, teacher):
-    run = asnn.Run.open("v14.3", "name", SETTINGS, tmp_path)
-    student = distillation()[0].student.eval()
-    values = metrics("name")
-    run.finish(values, student, teacher.tokenizer)
-    folder = run.folder / "student"
-    card = (folder / "README.md").read_text()
-    assert asnn.results_table([values]) in card and "12,345 tokens in windows of 16" in card
-    assert "ASNN-Goose v14.3, run name" in card and "1,500,000" in card and "0123456789abcdef" in card
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment.update(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
-    ended = subprocess.run([sys.executable, "-c", LOAD, str(folder), str(tmp_path / "out.pt")], cwd=tmp_path,
-                           env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    logits, vocabulary = torch.load(tmp_path / "out.pt", weights_only=True)
-    expected = student(torch.arange(10).view(1, 10)).logits.detach()
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert vocabulary == teacher.tokenizer.get_vocab()
-
-
-def test_runs_and_the_index_show_finished_runs_side_by_side(tmp_path):
-    for number, version in enumerate(("v14.3", "v15", "v14.3")):
-        run = asnn.Run.open(version, f"run{number}", SETTINGS, tmp_path)
-        run.finish(metrics(f"run{number}", ppl=10.0 + number))
-        os.utime(run.folder / "metrics.json", (number, number))
-    asnn.Run.open("v15", "unfinished", SETTINGS, tmp_path)
-    found = asnn.runs(tmp_path)
-    assert [m["run"] for m in found] == ["run0", "run1", "run2"]
-    index = (tmp_path / "index.md").read_text()
-    assert index.startswith("# Runs\n") and "unfinished" not in index
-    assert all(f"| {m['run']} |" in index for m in found)
-
-
-def test_runs_of_a_folder_that_does_not_exist_are_none(tmp_path):
-    assert asnn.runs(tmp_path / "nowhere") == []
-
-
-def test_the_table_has_the_figures_of_the_metrics():
-    header, rule, first, second = asnn.results_table([metrics("one"), metrics("two", 34.567, None)]).splitlines()
-    assert header.count("|") == rule.count("|") == first.count("|") == second.count("|") == 13
-    assert [cell.strip() for cell in first.strip("|").split("|")] == [
-        "one", "v14.3", "small 012345, a-teacher", "1.5M", "321", "10.00", "20.00", "2.000 ± 0.021 (77)", "1.250",
-        "0.450", "4,567", "A CPU, 3 threads"]
-    assert "34.57" in second and "3.457 ± 0.021" in second and "part of the split" in second
-
-
-def test_the_table_names_the_gpus():
-    on_gpus = metrics()
-    on_gpus["environment"]["gpus"] = ["Tesla T4, 15 GiB"] * 2
-    assert "| Tesla T4, 15 GiB, Tesla T4, 15 GiB |" in asnn.results_table([on_gpus])
-
-
-# ---- tables on a page
-
-
-def test_outside_a_notebook_a_table_is_printed_whole_and_without_row_numbers(monkeypatch, capsys):
-    pytest.importorskip("pandas")
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
-    rows = [{"system": f"a {i}", **{f"column {j}": "x" * 30 for j in range(12)}} for i in range(120)]
-    asnn.show_table(row for row in rows)
-    printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 200  # broken into pieces, and nothing left out
-    assert "..." not in printed and all(f"column {j}" in printed for j in range(12)) and printed.count("a 119") == 1
-    asnn.show_table([{"metric": "CKA", "value": "0.5"}, {"metric": "PPL"}])
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in printed] == [["metric", "value"], ["CKA", "0.5"], ["PPL", "NaN"]]
-    asnn.show_table([{"prompt": "one\ntwo", "student": "three"}], prose=True)
-    assert capsys.readouterr().out == "[prompt] 'one\\ntwo'\n[student] 'three'\n\n"
-
-
-def test_in_a_notebook_a_table_is_shown_without_row_numbers(monkeypatch, capsys):
-    display = pytest.importorskip("IPython.display")
-    shown = []
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    monkeypatch.setattr(display, "display", shown.append)
-    for prose in (False, True):
-        asnn.show_table([{"prompt": "<one>", "student": "two"}], prose)
-    plain, prose = (table.to_html() for table in shown)
-    assert capsys.readouterr().out == "" and ">prompt</th>" in plain and "row_heading" not in plain + prose
-    assert "pre-wrap" in prose and "width: 48%" in prose and "pre-wrap" not in plain
-
-
-def test_hardware_and_versions_are_said_in_one_line():
-    env = {"gpus": [], "cpu": "A CPU", "threads": 3, "python": "3.11.2", "versions": {"torch": "2.10", "numpy": "2.0"}}
-    assert asnn.hardware_text(env) == asnn.hardware_text(env, gpus=False) == "A CPU, 3 threads"
-    env["gpus"] = ["Tesla T4, 15 GiB"] * 2
-    assert asnn.hardware_text(env) == "Tesla T4, 15 GiB, Tesla T4, 15 GiB"
-    assert asnn.hardware_text(env, gpus=False) == "A CPU, 3 threads"
-    assert asnn.versions_text(env) == "Python 3.11.2, torch 2.10, numpy 2.0"
-
-
-# ---- where
-
-
-def test_the_environment_names_hardware_and_versions():
-    found = asnn.environment()
-    assert set(found) >= {"platform", "cpu", "cores", "threads", "gpus", "python", "versions", "asnn_common"}
-    assert found["platform"] == "local" and found["cpu"] and found["cores"] >= 1
-    assert found["threads"] == torch.get_num_threads() and found["asnn_common"] == asnn.__version__
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["versions"]["torch"] == torch.__version__
-    assert {"torch", "transformers", "datasets", "accelerate", "numpy"} <= set(found["versions"])
-    json.dumps(found)
-
-
-def test_kaggle_is_told_before_colab(monkeypatch):
-    assert asnn.where_am_i() == "local"
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-    assert asnn.where_am_i() == "colab"
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    assert asnn.where_am_i() == "kaggle"
-
-
-def test_where_outputs_go(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert asnn.outputs_folder() == tmp_path / "outputs"
-    monkeypatch.setenv("ASNN_OUTPUTS", "/somewhere/else")
-    assert asnn.outputs_folder() == Path("/somewhere/else")
-    monkeypatch.delenv("ASNN_OUTPUTS")
-    assert asnn.outputs_folder() == Path(asnn.__file__).resolve().parent / "outputs"
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-    assert asnn.outputs_folder() == tmp_path / "outputs"
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert asnn.outputs_folder() == tmp_path / "outputs"
-
-
-# ---- run checks
-
-
-CHECKS = ["PPL under target", "improved on the previous version", "density in [0.1, 0.9]", "amplitudes in [0.3, 3.0]",
-          "training completed or stopped early", "no NaN or Inf loss", "memory under 8 GB", "FDD active",
-          "tau evolved", "early stopping worked", "FDD loss decreased", "step budget met"]
-
-
-def good():
-    """Arguments of run_checks for a run with nothing wrong."""
-    log = [{"step": step, "loss": 5.0 - step / 10, "tau": 2.0 - step / 100, "fdd": 0.8 - step / 100}
-           for step in range(1, 13)]
-    result = asnn.FitResult(log=log, step=5000, stopped="completed", best_ppl=300.0, best_step=4500, seconds=1.0,
-                            tokens_per_second=1.0, nonfinite=0, scaler_skips=0, precision="fp32", peak_memory_gb=5.0)
-    return {"recipe": asnn.get_recipe("v14.3"), "result": result, "ppl": 300.0, "target_ppl": 306.89,
-            "previous_ppl": 330.0, "density": {"0.k": 0.3, "0.v": 0.5}, "amplitudes": {"0.k": 0.9, "0.v": 1.4}}
-
-
-def with_result(**changes):
-    return lambda given: given.update(result=dataclasses.replace(given["result"], **changes))
-
-
-def with_log(change):
-    def apply(given):
-        log = copy.deepcopy(given["result"].log)
-        for row in log:
-            change(row)
-        with_result(log=log)(given)
-    return apply
-
-
-FAULTS = [
-    ("PPL under target", lambda given: given.update(target_ppl=300.0)),
-    ("improved on the previous version", lambda given: given.update(previous_ppl=299.0)),
-    ("density in [0.1, 0.9]", lambda given: given["density"].update({"1.k": 0.09})),
-    ("density in [0.1, 0.9]", lambda given: given["density"].update({"1.k": 0.91})),
-    ("amplitudes in [0.3, 3.0]", lambda given: given["amplitudes"].update({"1.v": 0.29})),
-    ("amplitudes in [0.3, 3.0]", lambda given: given["amplitudes"].update({"1.v": 3.01})),
-    ("training completed or stopped early", with_result(stopped="time budget")),
-    ("no NaN or Inf loss", with_result(nonfinite=1)),
-    ("no NaN or Inf loss", with_log(lambda row: row.update(loss=float("inf")))),
-    ("memory under 8 GB", with_result(peak_memory_gb=7.5)),  # 7.5 GiB are 8.05 GB
-    ("FDD active", with_log(lambda row: row.pop("fdd"))),
-    ("tau evolved", with_log(lambda row: row.update(tau=2.0))),
-    ("tau evolved", with_log(lambda row: row.pop("tau"))),
-    ("early stopping worked", with_result(best_step=4000)),
-    ("early stopping worked", with_result(best_step=0)),
-    ("FDD loss decreased", with_log(lambda row: row.update(fdd=row["step"] / 100))),
-    ("step budget met", with_result(step=5001)),
-]
-
-
-def test_a_good_run_passes_all_twelve_checks():
-    checks = asnn.run_checks(**good())
-    assert [check.name for check in checks] == CHECKS and all(check.passed is True for check in checks)
-    assert all(check.value for check in checks)
-
-
-@pytest.mark.parametrize("name, fault", FAULTS, ids=[f"{i} {name}" for i, (name, _) in enumerate(FAULTS)])
-def test_each_check_says_no_to_its_fault(name, fault):
-    given = good()
-    fault(given)
-    failed = {check.name for check in asnn.run_checks(**given) if check.passed is not True}
-    assert name in failed
-    # Without any FDD value its loss has not decreased either.
-    assert failed <= {name, "FDD loss decreased"} if name == "FDD active" else failed == {name}
-
-
-def test_every_check_has_a_fault():
-    assert {name for name, _ in FAULTS} == set(CHECKS)
-
-
-def test_checks_that_do_not_apply_are_neither_passed_nor_failed():
-    given = {**good(), "recipe": asnn.get_recipe("v10"), "previous_ppl": None}
-    with_log(lambda row: row.pop("fdd"))(given)
-    undecided = {check.name for check in asnn.run_checks(**given) if check.passed is None}
-    assert undecided == {"improved on the previous version", "FDD active", "tau evolved", "FDD loss decreased"}
-
-
-def test_bad_version_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="version is '../x'; allowed: at most 100 letters"):
-        asnn.Run.open("../x", "name", {}, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_attached_unfinished_run_is_resumed_from_a_copy(tmp_path, monkeypatch):
-    config = {"recipe": "x", "lr": 0.1}
-    old = asnn.Run.open("v0", "night", config, tmp_path / "input" / "deep")
-    (old.folder / "checkpoint.pt").write_bytes(b"weights")
+def test_an_attached_unfinished_run_goes_on_from_a_copy(tmp_path, monkeypatch):
+    old = asnn.Run.open("v14.4", "night", SETTINGS)
+    (old.folder / "checkpoint-9").write_bytes(b"weights")
+    shutil.copytree(tmp_path / "outputs", tmp_path / "input" / "someone" / "outputs")
     monkeypatch.setenv("ASNN_INPUTS", str(tmp_path / "input"))
-    other = asnn.Run.open("v0", "night", {**config, "lr": 0.2}, tmp_path / "other")
-    assert not (other.folder / "checkpoint.pt").exists()
-    new = asnn.Run.open("v0", "night", config, tmp_path / "outputs")
-    assert "resuming the attached" in new.note
-    assert (new.folder / "checkpoint.pt").read_bytes() == b"weights"
+    monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path / "new"))
+    other = asnn.Run.open("v14.4", "night", {**SETTINGS, "seed": 7})
+    assert not (other.folder / "checkpoint-9").exists()
+    new = asnn.Run.open("v14.4", "night", SETTINGS)
+    assert new.folder.name == "night-2" and "resuming the attached unfinished run" in new.note
+    assert (new.folder / "checkpoint-9").read_bytes() == b"weights"
 
 
-def test_of_equally_old_runs_the_highest_version_is_taken(tmp_path, distillation, teacher):
-    student = distillation()[0].student
-    for version in ("v9", "v15", "v14.4"):
-        run = asnn.Run.open(version, "run", SETTINGS, tmp_path)
-        run.finish(metrics(), student, teacher.tokenizer)
-        os.utime(run.folder / "metrics.json", (0, 0))  # as attached files may be
-    assert asnn.find_run(outputs=tmp_path) == tmp_path / "v15" / "run"
-    assert asnn.find_run(without=("v15",), outputs=tmp_path) == tmp_path / "v14.4" / "run"
-    os.utime(tmp_path / "v9" / "run" / "metrics.json", (1, 1))
-    assert asnn.find_run(outputs=tmp_path) == tmp_path / "v9" / "run"
+def test_a_run_interrupted_while_it_finishes_is_unfinished(task, student, monkeypatch):
+    run = asnn.Run.open("v14.3", "name", SETTINGS)
+    (run.folder / "checkpoint-9").mkdir()
+
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(asnn, "_model_card", None)
+        run.finish(metrics(), student, task.tokenizer)
+    assert not (run.folder / "student").exists() and (run.folder / "checkpoint-9").exists()
+    again = asnn.Run.open("v14.3", "name", SETTINGS)
+    assert again.folder == run.folder and asnn.Run.finished() == []
+    again.finish(metrics(), student, task.tokenizer)
+    assert asnn.Run.finished() == [metrics()] and (run.folder / "student" / "README.md").is_file()
 
 
-def test_the_style_is_one_and_its_colours_are_told_apart():
-    matplotlib, colors = pytest.importorskip("matplotlib"), pytest.importorskip("matplotlib.colors")
-    with matplotlib.rc_context():
-        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.rcParamsDefault["axes.prop_cycle"]
-        asnn.figure_style()
-        assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(asnn.COLOURS.values())
-        assert matplotlib.rcParams["axes.grid"] is True
-    # Seen without the green cones (Machado et al. 2009), on linear RGB.
-    deuteranopia = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-                             [-0.011820, 0.042940, 0.968881]])
-
-    def nearest(names):
-        seen = np.array([colors.to_rgb(name) for name in names]) ** 2.2 @ deuteranopia.T
-        return np.linalg.norm(seen[:, None] - seen[None], axis=2)[np.triu_indices(len(seen), 1)].min()
-    default = [f"C{i}" for i in range(8)]
-    with matplotlib.rc_context():
-        matplotlib.rcParams["axes.prop_cycle"] = matplotlib.rcParamsDefault["axes.prop_cycle"]
-        assert nearest(asnn.COLOURS.values()) > 2 * nearest(default)
+def test_the_index_lists_each_training_once_and_nothing_else(tmp_path):
+    for number, version in enumerate(("v14.4", "v14.3", "v14.3")):
+        run = asnn.Run.open(version, f"run{number}", SETTINGS)
+        run.finish({**metrics(f"run{number}", 10.0 + number, version=version), "left": "the tax"})
+        run.finish(metrics(f"run{number}", 10.0 + number, version=version))
+        os.utime(run.folder / "metrics.json", (number, number))
+    asnn.Run.open("v14.3", "unfinished", SETTINGS)
+    gate = asnn.Run.open("v15", "run0", SETTINGS)  # not a training: its metrics are of another kind
+    gate.finish({"student": "v14.4/run0", "gate": {}})
+    assert [m["run"] for m in asnn.Run.finished()] == ["run0", "run1", "run2"]
+    lines = (tmp_path / "outputs" / "index.md").read_text().splitlines()
+    assert lines[0] == "# Runs" and len([line for line in lines if line.startswith("|")]) == 2 + 3
+    assert [cell.strip() for cell in lines[4].strip("|").split("|")] == [
+        "v14.4/run0", "wikitext-2 012345, gpt2", "1.5M, 321 steps", "10.00, 10.00",
+        "1.000 ± 0.021", "0.45", "A CPU"]
 
 
-def test_logarithmic_ticks_are_numbers():
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    pyplot.switch_backend("agg")
-    figure, axes = pyplot.subplots()
-    axes.plot([1, 2, 4], [150, 400, 3000])
-    axes.set(xscale="log", yscale="log")
-    before = {label.get_text() for label in axes.get_yticklabels()}
-    asnn.plain_log(axes.yaxis)
-    asnn.plain_log(axes.xaxis, (1, 2, 4))
-    figure.canvas.draw()
-    assert {"200", "500", "1,000", "2,000"} <= {label.get_text() for label in axes.get_yticklabels()} != before
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
-    assert axes.get_xticklabels(minor=True) == axes.get_yticklabels(minor=True) == []
-    axes.set_ylim(0.01, 1000)  # so many powers of ten leave no room between them
-    asnn.plain_log(axes.yaxis)
-    figure.canvas.draw()
-    wide = {label.get_text() for label in axes.get_yticklabels()}
-    assert {"0.01", "1", "1,000"} <= wide and not {"0.02", "2", "5"} & wide
-    pyplot.close(figure)
+@pytest.mark.parametrize("teacher, licence, base", [
+    ("gpt2", "mit", "gpt2"), ("one/llama", "mit", "one/llama"), ("my-folder", "other", None)])
+def test_a_model_card_has_the_results_and_names_only_what_the_hub_has(teacher, licence, base):
+    card = asnn._model_card(metrics(teacher=teacher))
+    assert f"license: {licence}" in card and ("base_model:" in card) == (base is not None)
+    for part in ("ASNN-Goose v14.3, run run", "1,500,000 parameters", "content hash 0123456789",
+                 "windows of 16 tokens", "Salesforce/wikitext", "value: 20.0", "value: 1.25",
+                 "ternary spikes {-1, 0, +1} at k, v", "2.000 ± 0.021", "padding on the left"):
+        assert part in card, part
+    assert "bits_per_byte" not in asnn._model_card(metrics(bits=None))
 
 
-# ---- the student that a notebook works on
+# ---- the student that a page works on
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, cache):
-    """(outputs, profile) with a short run of v14.4-sites in them."""
+def trained(small_recipe, cache, tmp_path_factory):
+    """(outputs, metrics) of a short run of v14.4-rates."""
     outputs = tmp_path_factory.mktemp("made")
-    small = asnn.PROFILES["tiny"].replace(corpus_chars=150_000, teacher_steps=4, eval_windows=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ASNN_CACHE", str(cache))
-        patch.setenv("ASNN_OUTPUTS", str(outputs))
-        asnn.train_short_student("v14.4-sites", small, "as a test", steps=2)
-    return outputs, small
+        isolate(patch, cache, outputs)
+        task = asnn.load_task(small_recipe("v14.4-rates", distill_steps=2, eval_windows=2))
+        run = asnn.Run.open("v14.4-rates", "night", {"recipe": vars(task.recipe)})
+        student, result = asnn.distil(task, folder=run.folder)
+        found = run.metrics(task, student, result, task.measure(student, 4), stages=[])
+        run.finish(found, student, task.tokenizer)
+    return outputs, json.loads((run.folder / "metrics.json").read_text())
 
 
 @pytest.fixture
-def a_run(made, tmp_path, monkeypatch):
-    """(a_run(version, name, age, **changes to the student's config), profile): copies of the run, so old."""
-    monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path))
-
-    def copy_of(version, name="run", age=0, **changes):
-        folder = tmp_path / version / name
-        shutil.copytree(next((made[0] / "short").glob("*seed42")), folder)
+def a_run(trained, tmp_path):
+    """a_run(version, name, age, **changes to the student's config): the folder of a copy."""
+    def make(version="v14.4-rates", name="night", age=0, **changes):
+        folder = tmp_path / "outputs" / version / name
+        shutil.copytree(trained[0] / "v14.4-rates" / "night", folder)
+        path = folder / "student" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         os.utime(folder / "metrics.json", (1e9 - age, 1e9 - age))
-        if changes:
-            student = asnn.GooseForCausalLM(asnn.GooseConfig.from_dict(
-                {**json.loads((folder / "student" / "config.json").read_text()), **changes}))
-            student.save_pretrained(folder / "student")
         return folder
-    return copy_of, made[1]
+    return make
 
 
-ASKED = {"recipe": "v14.4-sites", "without": ("v16", "v17"), "sites": ("mix_in", "ffn_hidden"), "steps": 2}
+def test_metrics_have_the_keys_that_pages_read(trained):
+    _, found = trained
+    assert set(found) == {"version", "run", "profile", "seed", "status", "environment", "corpus",
+                          "teacher", "student", "gap", "training", "stages"}
+    assert {"name", "parameters", "trained_steps", "validation", "test"} <= set(found["teacher"])
+    assert set(found["student"]) == {"parameters", "density", "amplitude", "validation", "test"}
+    assert {"step", "steps", "stopped", "best_step", "seconds", "tokens_per_second", "precision",
+            "skipped", "peak_memory_gb"} <= set(found["training"])
+    assert len(found["student"]["density"]) == 2 * 9 and len(found["student"]["amplitude"]) == 4
+    gap = found["student"]["test"]["ppl"] / found["teacher"]["test"]["ppl"]
+    assert found["gap"]["test"]["value"] == pytest.approx(gap)
 
 
-def test_a_student_is_loaded_with_what_made_it_its_task_and_its_gate(a_run):
-    copy_of, small = a_run
-    folder = copy_of("v14.4-sites", "night")
-    copy_of("v17", age=-100)
-    copy_of("short", age=-200)  # newer, and taken only where there is no other
-    loaded = asnn.load_student(None, small, "as a test", **ASKED)
-    student, recipe, profile, found = asnn.load_run(folder)
-    assert loaded.folder == folder.resolve() and loaded.name == "v14.4-sites-night"
-    assert (loaded.recipe, loaded.profile, loaded.metrics) == (recipe, profile, found)
-    assert asnn.student_id(loaded.student) == asnn.student_id(student) and not loaded.student.training
-    assert loaded.task.recipe == recipe and loaded.task.corpus.hash == found["corpus"]["hash"]
-    assert (loaded.gated, loaded.gate) == asnn.gate_status(student) and loaded.gate.startswith("ungated")
-    assert f"{found['student']['test']['ppl']:.2f}" in str(loaded) and asnn.student_id(student) in str(loaded)
-    asnn.write_atomically(folder.parents[1] / "v15" / "gate.json", json.dumps(
-        {"student": asnn.student_id(student), "metrics": {"CKA": {"pass": True}}, "tokens": 20_480}))
-    assert asnn.load_student(None, small, "as a test", **ASKED).gated
-
-
-def test_the_densities_of_a_loaded_student_are_those_of_its_run(a_run):
-    copy_of, small = a_run
-    copy_of("v14.4-sites")
-    loaded = asnn.load_student(None, small, "as a test", **ASKED)
-    assert loaded.density == loaded.metrics["student"]["density"]
-    layers = loaded.recipe.n_layer
+def test_a_student_is_loaded_with_what_made_it(a_run, trained, task):
+    folder = a_run()
+    loaded = asnn.load_student()
+    assert loaded.folder == folder.resolve() and loaded.name == "v14.4-rates-night"
+    assert loaded.recipe == loaded.task.recipe and loaded.recipe.name == "v14.4-rates"
+    assert loaded.metrics == trained[1] and not loaded.student.training
+    assert loaded.density == pytest.approx(loaded.metrics["student"]["density"])
     assert list(loaded.site_density) == ["mix_in", "mix_out", "ffn_in", "ffn_hidden"]
-    for site, mean in loaded.site_density.items():
-        found = asnn.densities_at(loaded.density, site)
-        assert len(found) % layers == 0 and mean == pytest.approx(sum(found) / len(found))
-    assert asnn.densities_at(loaded.density, "k") == [loaded.density[f"{i}.k"] for i in range(layers)]
-    assert len(asnn.densities_at(loaded.density, "mix_in")) == layers * sum(
-        name.startswith("0.mix_in.") for name in loaded.density) > layers
-    assert asnn.densities_at({"head_in": 0.25}, "head_in") == [0.25] and asnn.densities_at(loaded.density, None) == []
+    mixes = [share for name, share in loaded.density.items() if ".mix_in." in name]
+    assert len(mixes) == 8 and loaded.site_density["mix_in"] == pytest.approx(np.mean(mixes))
+    assert loaded.student.content_hash() in str(loaded) and "v14.4-rates/night" in str(loaded)
+    other = asnn.load_student(str(folder), corpus=str(task.corpus.folder), teacher="train")
+    assert other.task.corpus.hash == task.corpus.hash and not other.gated
 
 
-def test_without_a_run_a_short_one_is_loaded_and_made_once(a_run, capsys):
-    _, small = a_run
-    first, second = (asnn.load_student(None, small, "as a test", **ASKED) for _ in range(2))
-    assert first.folder.parent.name == "short" and first.folder == second.folder
-    assert capsys.readouterr().out.count("a short one of 2 steps is trained now (as a test)") == 1
+def test_of_several_students_the_newest_that_fits_is_taken(a_run, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="run asnn_v14_4_transfer first"):
+        asnn.load_student()
+    old, new = a_run(age=100), a_run("v15", "remedied")
+    plain = a_run("v14.3", "morning", age=-100, spike_sites=["k", "v"])
+    a_run("v9", "unfinished", age=-200).joinpath("metrics.json").unlink()
+    find = asnn._find_run
+    assert find(None, (), ()) == plain and find(None, (), ("mix_in",)) == new
+    assert find(None, ("v15", "v14.3"), ()) == old == find("v14.4-rates/night", (), ())
+    for path in (old, new, plain):  # as attached files may be
+        os.utime(path / "metrics.json", (0, 0))
+    assert find(None, (), ()) == new  # the highest version
+    monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("ASNN_INPUTS", str(tmp_path))
+    assert find("v14.3/morning", (), ()) == plain
+    with pytest.raises(ValueError, match=r"student_run is 'noon'; allowed: v14.3/morning, v14.4-"):
+        find("noon", (), ())
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"spike_kind": "dense"}, "a student with spikes; this one is a dense twin"),
-    ({"spike_sites": ["k", "v", "mix_in"]}, "one with spikes at mix_in, ffn_hidden, as runs of recipe v14.4-sites "
-                                            "have; this one has them at k, v, mix_in")])
-def test_a_student_that_does_not_fit_is_refused_before_its_teacher_is_loaded(a_run, monkeypatch, changes, words):
-    copy_of, small = a_run
-    copy_of("v14.4", "night", **changes)
+def test_a_student_that_does_not_fit_is_refused_before_its_task_is_loaded(a_run, monkeypatch):
     monkeypatch.setattr(asnn, "load_task", lambda *_: pytest.fail("a task was loaded"))
-    with pytest.raises(ValueError, match=re.escape(f"student is 'v14.4/night'; allowed: {words}.")):
-        asnn.load_student("v14.4/night", small, "as a test", **ASKED)
+    a_run("v9", "dense", spike_kind="dense")
+    a_run("v9", "two", spike_sites=["k", "v", "mix_in"])
+    for name, words in (("dense", "a student with spikes."), ("two", "one with spikes at mix_in, "
+                        "ffn_hidden, as runs of recipe v14.4-rates have; this one has them at")):
+        with pytest.raises(ValueError, match=f"student_run is 'v9/{name}'; allowed: {words}"):
+            asnn.load_student(f"v9/{name}", sites=("mix_in", "ffn_hidden"))
 
 
-def test_a_student_that_is_nowhere_is_refused_with_those_there_are(a_run):
-    copy_of, small = a_run
-    copy_of("v14.4", "night")
-    with pytest.raises(ValueError, match="student is 'v14.4/noon'; allowed: v14.4/night"):
-        asnn.load_student("v14.4/noon", small, "as a test", **ASKED)
+def test_run_folders_of_before_are_read_with_one_line(a_run, capsys):
+    folder, expected = a_run(), asnn.load_student(str(a_run("v14.4", "new")))
+    given = json.loads((folder / "config.json").read_text())["recipe"]
+    moved = ("corpus", "corpus_chars", "eval_windows", "final_windows")  # were the profile's
+    recipe = {name: given[name] for name in given if name not in (*moved, "profile", "head_dim")}
+    recipe.update(head_width=given["head_dim"], clip=1.0, ce_start=0, teacher="gpt2", corpus=None)
+    profile = {"name": "tiny", "description": "", "recipe": [["d_model", 64]],
+               **{name: given[name] for name in (*moved, "teacher")}}
+    (folder / "config.json").write_text(json.dumps({"recipe": recipe, "profile": profile}))
+    path = folder / "student" / "config.json"
+    saved = json.loads(path.read_text())
+    saved.update(head_width=saved.pop("head_dim"), alpha_init=1.0, amplitude_init=1.0)
+    path.write_text(json.dumps(saved))
+    capsys.readouterr()
+    student, found, _ = asnn._load_run(folder)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and re.match(r"night: ignored fields .*clip", printed)
+    assert found == expected.recipe and found.profile == "tiny"
+    assert student.content_hash() == expected.student.content_hash()
 
 
-def test_another_corpus_can_take_the_place_of_that_of_the_run(a_run, corpus):
-    copy_of, small = a_run
-    copy_of("v14.4-sites")
-    loaded = asnn.load_student(None, small, "as a test", **ASKED, corpus=str(corpus.folder), teacher=None)
-    assert loaded.task.corpus.hash == corpus.hash != loaded.metrics["corpus"]["hash"]
-    assert loaded.profile == small.replace(corpus=str(corpus.folder))
+def gate_of(student, passed=True, tokens=20_480):
+    return {"student": student.content_hash(), "tokens": tokens,
+            "metrics": {"dead channels": {"pass": True}, "CKA": {"pass": passed}}}
+
+
+def test_a_claim_is_gated_only_by_a_passed_gate_of_the_same_student(student, tmp_path, monkeypatch):
+    other, path, status = copy.deepcopy(student), tmp_path / "outputs" / "v15", asnn._gate_status
+    next(other.parameters()).data.add_(1.0)
+    assert status(student) == (False, "ungated: no gate.json was found; run the v15 notebook first")
+
+    def write(gate, folder=path):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gate.json").write_text(json.dumps(gate))
+
+    write(gate_of(student))
+    assert status(student) == (True, "gated: it passed all 2 metrics over 20,480 tokens")
+    assert not status(other)[0] and "of other students" in status(other)[1]
+    write(gate_of(student, tokens=4096))
+    assert "over 4,096 tokens, and 20,000 are needed" in status(student)[1]
+    # The student before a remedy is known too, and the newest gate of a student counts.
+    write({**gate_of(other), "other": gate_of(student, passed=False)})
+    assert status(other)[0] and status(student) == (False, "ungated: it failed CKA")
+    write(gate_of(student), path / "run")
+    assert status(student)[0]
+    write(gate_of(student), tmp_path / "input" / "earlier" / "v15")
+    shutil.rmtree(path)
+    assert not status(student)[0]
+    monkeypatch.setenv("ASNN_INPUTS", str(tmp_path / "input"))
+    assert status(student)[0]
+
+
+# ---- environment, tables, figures
+
+
+def test_the_environment_says_where_and_on_what(monkeypatch, tmp_path):
+    found = asnn.environment()
+    assert found["versions"]["torch"] == torch.__version__ and found["disk_free_gb"] > 0
+    assert {"transformers", "datasets", "accelerate", "numpy"} <= set(found["versions"])
+    assert found["hardware"].endswith(f"{torch.get_num_threads()} thread") and found["cpu"]
+    assert json.loads(json.dumps(found)) == found and found["platform"] == "local"
+    monkeypatch.delenv("ASNN_OUTPUTS")
+    monkeypatch.chdir(tmp_path)
+    places = [(asnn.environment()["platform"], asnn._outputs_folder())]
+    for variable in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"):  # Kaggle sets Colab's too
+        monkeypatch.setenv(variable, "set")
+        places.append((asnn.environment()["platform"], asnn._outputs_folder()))
+    assert places == [("local", asnn.Path(asnn.__file__).resolve().parent / "outputs"),
+                      ("colab", tmp_path / "outputs"), ("kaggle", tmp_path / "outputs")]
+
+
+def test_a_table_is_shown_whole_and_without_row_numbers(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    asnn.show_table({"system": f"a {i}", **{f"column {j}": "x" * 30 for j in range(6)}}
+                    for i in range(120))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 160 and "..." not in printed
+    assert printed.count("a 119") == 1 and all(f"column {j}" in printed for j in range(6))
+    asnn.show_table([{"prompt": "one\ntwo"}], prose=True)
+    assert capsys.readouterr().out == "[prompt] 'one\\ntwo'\n\n"
+    shown = []
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr("IPython.display.display", lambda table: shown.append(table.to_html()))
+    for prose in (False, True):
+        asnn.show_table([{"prompt": "<one>"}], prose)
+        assert ">prompt</th>" in shown[-1] and "row_heading" not in shown[-1]
+        assert ("pre-wrap" in shown[-1]) == prose and capsys.readouterr().out == ""
+
+
+def test_figures_have_one_style_and_plain_numbers_and_are_saved():
+    with matplotlib.rc_context():
+        assert asnn.figure_style() == asnn.COLOURS and len(set(asnn.COLOURS.values())) == 8
+        cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+        figure, axes = pyplot.subplots()
+        axes.plot([1, 2, 4000], [150, 400, 3000])
+        axes.set(xscale="log", yscale="log")
+        run = asnn.Run.open("v14.3", "name", SETTINGS)
+        run.show(figure, "curve")
+        labels = [re.sub(r"\$|\\mathdefault|[{}]", "", label.get_text()) for axis in (
+            axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both")]
+    assert {"1", "1000", "200"} <= set(labels) and not any("^" in text for text in labels)
+    assert cycle == list(asnn.COLOURS.values()) and not pyplot.fignum_exists(figure.number)
+    assert (run.folder / "figures" / "curve.png").read_bytes()[1:4] == b"PNG"
+    assert "<svg" in (run.folder / "figures" / "curve.svg").read_text()
+
+
+# ---- v14.3
+
+
+def checks_of(**changes):
+    """The twelve checks of a run with nothing wrong but `changes`."""
+    log = [{"step": step, "loss": 5.0 - step / 10, "tau": 2.0 - step / 100, "fdd": 0.8 - step / 100}
+           for step in range(1, 13)]
+    log = changes.pop("log", lambda rows: rows)(log)
+    given = {"ppl": 300.0, "target_ppl": 306.89, "previous_ppl": 330.0,
+             "density": {"0.k": 0.3, "0.v": 0.5}, "amplitudes": {"0.k": 0.9, "0.v": 1.4}}
+    recipe = asnn.RECIPES["v14.3"].replace(**changes.pop("recipe", {}))
+    given.update({name: changes.pop(name) for name in list(changes) if name in given})
+    result = SimpleNamespace(**{
+        "log": log, "step": 5000, "stopped": "completed", "finished": True, "best_ppl": 300.0,
+        "best_step": 4500, "skipped": 0, "peak_memory_gb": 5.0, **changes})
+    return definitions("asnn_v14_3_distill").run_checks(recipe, result, **given)
+
+
+def NO_FDD(rows):
+    return [{name: row[name] for name in ("step", "loss", "tau")} for row in rows]
+
+
+FAULTS = [
+    ("PPL under target", {"target_ppl": 300.0}),
+    ("improved on the previous version", {"previous_ppl": 299.0}),
+    *(("density in [0.1, 0.9]", {"density": {"0.k": 0.3, "1.k": k}}) for k in (0.09, 0.91)),
+    *(("amplitudes in [0.3, 3.0]", {"amplitudes": {"0.k": 0.9, "1.v": v}}) for v in (0.29, 3.01)),
+    ("training completed or stopped early", {"stopped": "time budget", "finished": False}),
+    ("no NaN or Inf loss", {"skipped": 1}),
+    ("no NaN or Inf loss", {"log": lambda rows: [{**row, "loss": float("inf")} for row in rows]}),
+    ("memory under 8 GB", {"peak_memory_gb": 7.5}),  # 7.5 GiB are 8.05 GB
+    ("FDD active", {"log": NO_FDD}),
+    ("tau evolved", {"log": lambda rows: [{**row, "tau": 2.0} for row in rows]}),
+    ("early stopping worked", {"best_step": 4000}), ("early stopping worked", {"best_step": 0}),
+    ("FDD loss decreased", {"log": lambda rows: [{**row, "fdd": row["step"] / 9} for row in rows]}),
+    ("step budget met", {"step": 5001})]
+
+
+def test_a_good_run_passes_all_twelve_checks_and_some_do_not_apply():
+    good = checks_of()
+    assert len(good) == 12 and all(row["passed"] is True and row["value"] for row in good)
+    json.dumps(good)
+    plain = checks_of(recipe={"fdd": "none", "temperature": "fixed"}, previous_ppl=None,
+                      log=NO_FDD)
+    assert {row["name"] for row in plain if row["passed"] is None} == {
+        "improved on the previous version", "FDD active", "tau evolved", "FDD loss decreased"}
+    assert all(row["passed"] is not False for row in plain)
+
+
+@pytest.mark.parametrize("name, fault", FAULTS)
+def test_each_check_says_no_to_its_fault(name, fault):
+    failed = {row["name"] for row in checks_of(**fault) if row["passed"] is not True}
+    # Without any FDD value its loss has not decreased either.
+    assert failed == ({name, "FDD loss decreased"} if name == "FDD active" else {name})
+
+
+# ---- v14.4
+
+
+def test_the_memory_of_the_long_run_is_arithmetic():
+    memory, recipe = definitions("asnn_v14_4_transfer").training_memory, asnn.RECIPES["v14.4-t4"]
+    parts, kept = memory(recipe, 50257, 124_439_808), 8 * 512 * 5 * 768
+    assert 5 < sum(parts.values()) / 2**30 < 14
+    assert parts["teacher weights, fp32"] == 4 * 124_439_808
+    assert parts["student weights, gradients, two moments, fp32"] == 16 * 77_457_488
+    sites = recipe.replace(spike_sites=asnn.SITES[:-1])
+    for given, more in ((recipe, 0), (sites, 150), (sites.replace(rate_weight=1.0), 150 + 228)):
+        assert memory(given, 50257, 1)["kept for backward"] == kept * (172 + more)
+
+
+def test_the_tax_is_a_ratio_with_the_error_of_paired_windows(small_task):
+    page = definitions("asnn_v14_4_transfer")
+    row = page.tax_row(42, {"ppl": 3.0, "window_nll": [1, 2, 3]},
+                       {"ppl": 2.0, "window_nll": [1, 1, 1]})
+    assert row["tax"] == 1.5 and row["standard_error"] == pytest.approx(1.5 * 1 / 3**0.5)
+    recipe = small_task("v14.4-rates", align_steps=4).recipe.replace(activation="gelu")
+    other = page.tax_recipe(recipe, "dense", 7, 3)
+    changed = {name for name in vars(recipe) if vars(other)[name] != vars(recipe)[name]}
+    assert changed == {"spike_kind", "seed", "distill_steps", "align_steps", "patience"}
+    assert (other.spike_kind, other.seed, other.distill_steps) == ("dense", 7, 3)
+    assert other.align_steps == round(833 * 3 / 5000) and other.patience == 3
+
+
+def test_the_tax_goes_on_where_the_hours_ended_and_repeats_nothing(small_task, monkeypatch):
+    page, task = definitions("asnn_v14_4_transfer"), small_task("v14.4", final_windows=4)
+    run, made = asnn.Run.open("v14.4", "night", SETTINGS), []
+    distil = asnn.distil
+
+    def counted(task, recipe, folder, description):
+        made.append(description)
+        limit = 1 if len(made) == 3 else None  # the third run is cut off
+        return distil(task, recipe, folder, description=description, max_steps=limit)
+
+    monkeypatch.setattr(asnn, "distil", counted)
+    known = {"ternary-42-2": {"ppl": 100.0, "window_nll": [4.0, 4.1, 4.2, 4.3]}}
+    arguments = task, run, range(42, 44), 2, known, lambda: None
+    first = page.measure_tax(*arguments)
+    assert made == ["dense-42-2", "ternary-43-2", "dense-43-2"]
+    second = page.measure_tax(*arguments)
+    assert made[3:] == ["dense-43-2"] and [row["seed"] for row in second] == [42, 43]
+    assert first == second[:1] and page.measure_tax(*arguments) == second and len(made) == 4
+
+
+@pytest.mark.parametrize("name, share", [("v14.4-rates", 1.0), ("v14.4", 0.0)])
+def test_the_products_are_those_of_operations_and_say_what_spikes_feed(small_task, name, share):
+    student = small_task(name).build_student()
+    table, fed = definitions("asnn_v14_4_transfer").products(student, {"0.ffn_in": 0.5})
+    rows, table = asnn.operations(student), table.set_index("product")
+    assert fed == share and table["MACs"].sum() == sum(row["MACs"] for row in rows)
+    assert set(table.index) == {row["product"] for row in rows if row["MACs"]}
+    half = table.loc["W_1", "MACs"] // 4  # of one of two layers
+    assert table.loc["W_1", "skipped"] == half * share
+    assert table.loc["W_1", "adds"] == 3 * half * share
