@@ -189,7 +189,7 @@ if __name__ == "__main__":
     if command == ["run"]:
         sys.exit(run(paths))
     if command != ["build"]:
-        sys.exit("\n".join(check()) if command == ["check"] else __doc__)
+        sys.exit("\n".join(check()) or None if command == ["check"] else __doc__)
     for path in paths:
         print(f"building {path.stem} ...", flush=True)
         build(path)

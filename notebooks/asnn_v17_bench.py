@@ -428,6 +428,7 @@ print("estimated with fp32 operations in all rows: int8 saves more arithmetic th
 # ## Quality and speed of one network
 # Here both belong to the same network: the trained student and its teacher, which are small, on
 # their own task. The dense twin's gap is the student's over the ternary tax that v14.4 measured.
+# That tax is of shorter runs but in profile ref (a tenth of the steps): an estimate.
 
 # %%
 def twin_gap(gap, metrics):
