@@ -22,7 +22,7 @@
 # src="https://colab.research.google.com/assets/colab-badge.svg"></a>
 #
 # **Needs** `asnn_common.py` and, on a GPU, WikiText-2 and GPT-2 (from the hub or attached).
-# A T4 takes about 60 minutes and 6 GB (an estimate), two CPU cores four minutes and 1 GB.
+# A T4 takes about 60 minutes and 6 GB (an estimate), two CPU cores six minutes and 1 GB.
 # *Run All* needs no editing. The last line you should see begins with `Finished: v14.3`.
 #
 # ASNN stands for *Adapted* Spiking Neural Network: spikes for the GPUs and CPUs people have. The

@@ -23,7 +23,7 @@
 #
 # **Needs** `asnn_common.py`, outputs of v14.4, and of v15, whose gate it reads. The CPU is
 # measured, also where there is a GPU: about five minutes and 4 GB on Kaggle or Colab (an
-# estimate), three minutes and 4 GB on two CPU cores.
+# estimate), two minutes and 4 GB on two CPU cores.
 # *Run All* needs no editing. The last line you should see begins with `Finished: v16`.
 #
 # A product of weights and spikes needs only the weights of channels that fired, and decoding waits
