@@ -2138,6 +2138,7 @@ def _select_precision(device: torch.device, asked: str = "auto") -> tuple[str, s
         "fp32", "the CPU has no bf16 units")
 
 
+@functools.cache  # Muon asks at every step
 def _cpu_facts() -> dict[str, str]:
     """What Linux says of the CPU, {"model name", "flags", ...}; {} elsewhere."""
     with contextlib.suppress(OSError):
@@ -2579,6 +2580,20 @@ def transfer_weights(student: GooseForCausalLM, teacher: nn.Module,
     return table
 
 
+@torch.no_grad()
+def _calibrate(student: nn.Module, input_ids: Tensor, then: Callable = lambda *_: None) -> None:
+    """Calibrates every spike site on input_ids (B, T), each on what the ones before it pass on;
+    then(name, module, its input) may change it further."""
+    def hook(name: str, module: nn.Module, args: tuple[Tensor]) -> None:
+        module.calibrate(args[0])
+        then(name, module, args[0])
+    with contextlib.ExitStack() as hooks:
+        for name, module in spike_modules(student).items():
+            if module.kind != "dense":
+                hooks.enter_context(module.register_forward_pre_hook(functools.partial(hook, name)))
+        student.base_model(input_ids, use_cache=False)
+
+
 def _parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Three groups: weights of Linears ("matrices", at matrix_lr), other matrices (embeddings, the
     tied head), and vectors. Weight decay for matrices only: decays, thresholds, mixes, norms and
@@ -2777,8 +2792,9 @@ class DistillationTrainer(Trainer, TrainerCallback):
         self.bar.update(1)
         control.should_evaluate = self.evaluate_now is not None and (
             step % recipe.eval_every == 0 or step in [end for _, _, end in recipe.stages()])
-        late = now - self.begin >= 0.95 * 3600 * (recipe.max_hours or math.inf)
-        if step < recipe.distill_steps and any(accelerate.utils.gather_object([late])):
+        late = recipe.max_hours and any(accelerate.utils.gather_object(
+            [now - self.begin >= 0.95 * 3600 * recipe.max_hours]))
+        if late and step < recipe.distill_steps:
             self.stopped, control.should_training_stop = "time budget", True
         elif self.first + self.max_steps <= step < recipe.distill_steps:
             self.stopped, control.should_training_stop = "step limit", True
@@ -3001,13 +3017,7 @@ class Task:
                 known, ours = self.teacher.base_model.wpe.weight, student.goose.positions.weight
                 ours[:len(known)] = known[:len(ours)]
         if set(recipe.spike_sites) - {"k", "v"} or recipe.threshold == "mixed_fixed":
-            batch = self.windows(recipe).batch(0, recipe.batch_size)[0]
-            with contextlib.ExitStack() as hooks:  # each on what the ones before it pass on
-                for module in spike_modules(student).values():
-                    if module.kind != "dense":
-                        hooks.enter_context(module.register_forward_pre_hook(
-                            lambda module, args: module.calibrate(args[0])))
-                student.base_model(batch, use_cache=False)
+            _calibrate(student, self.windows(recipe).batch(0, recipe.batch_size)[0])
         return student
 
     def measure(self, student: nn.Module, windows: int | None = None) -> dict[str, dict[str, Any]]:
@@ -3430,19 +3440,13 @@ def random_student(recipe: Recipe, vocab_size: int, rates: dict[str, float],
     torch.manual_seed(seed)
     student = GooseForCausalLM(recipe.student_config(vocab_size)).eval()
 
-    def calibrate(name: str, module: nn.Module, args: tuple[Tensor]) -> None:
-        module.calibrate(args[0])
+    def fire(name: str, module: nn.Module, x: Tensor) -> None:
         share = rates.get(name.split(".")["." in name])
         if share is not None:
-            x = (args[0] - module.centre).abs().flatten(0, -2)  # (B*T, X)
+            x = (x - module.centre).abs().flatten(0, -2)  # (B*T, X)
             ratio = x / x.mean(-1, keepdim=True).clamp_min(1e-6)
             module.alpha.fill_(float(np.quantile(ratio.flatten()[:200_000], 1 - share)))
-
-    with contextlib.ExitStack() as hooks:
-        for name, module in spike_modules(student).items():  # each on what those before it pass on
-            hook = functools.partial(calibrate, name) if module.kind != "dense" else lambda *_: None
-            hooks.enter_context(module.register_forward_pre_hook(hook))
-        student(torch.randint(0, vocab_size, (2, 32)))
+    _calibrate(student, torch.randint(0, vocab_size, (2, 32)), fire)
     return student
 
 
