@@ -960,6 +960,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState  # noqa:
 RATE_BAND = (0.22, 0.57)  # where firing rates are held; the gate of section 6 allows a little more
 LOGIT_COPIES = 8  # fp32 (rows, V) tensors alive at once inside one chunk of the losses below
 LOGIT_BUDGET = {"cpu": 24 * 2**20, "cuda": 768 * 2**20}  # bytes: of a CPU's cache; of a T4's 16 GB
+LOGIT_ROWS = 192  # of a chunk at least: at V = 50257 a CPU takes three times as long with 15
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
@@ -1042,11 +1043,29 @@ def spike_hooks(student: nn.Module, function: Callable[[str, Tensor], Tensor | N
 
 
 def _chunks(hidden: Tensor, V: int, budget: int | None) -> tuple[torch.dtype, int]:
-    """What products of hidden and head run in, and how many rows of logits the budget holds."""
+    """What products of hidden and head run in, and how many rows of logits a chunk has: as many as
+    the budget holds; without one at least LOGIT_ROWS, since each chunk reads the whole head."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    budget = budget or LOGIT_BUDGET.get(kind, LOGIT_BUDGET["cpu"])
-    return dtype, max(1, budget // (4 * LOGIT_COPIES * V))
+    rows = (budget or LOGIT_BUDGET.get(kind, LOGIT_BUDGET["cpu"])) // (4 * LOGIT_COPIES * V)
+    return dtype, max(1 if budget else LOGIT_ROWS, rows)
+
+
+def _head_weight(head: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head (V, D) in `dtype`. In half precision on a CPU its rows come less their mean: that
+    shifts the logits of a token by a constant, which no softmax sees, and GPT-2's, near -110,
+    would lose all but a bit or two of what tells them apart."""
+    head = head.detach()
+    if dtype.itemsize == 2 and head.device.type == "cpu":
+        head = head.float() - head.float().mean(0)
+    return head.to(dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32; on a GPU products of halves are not rounded to halves first."""
+    if a.dtype.itemsize == 2 and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 class _ChunkedDistillation(torch.autograd.Function):
@@ -1054,7 +1073,7 @@ class _ChunkedDistillation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, tau, labels, kd_weight, ce_weight,
-                want_ce, budget):
+                want_ce, budget, plain):
         (n, D), V, needs = hidden.shape, head.shape[0], any(ctx.needs_input_grad)
         dtype, rows = _chunks(hidden, V, budget)
         # fp16 ends at 65504 and at 6e-8: the largest possible sum over a chunk's rows stays below
@@ -1064,32 +1083,36 @@ class _ChunkedDistillation(torch.autograd.Function):
         if needs:
             grad_hidden, grad_head = (torch.zeros(k, D, device=hidden.device) for k in (n, V))
         with torch.autocast(hidden.device.type, enabled=False):
-            weight = head.detach().to(dtype)
-            teacher_weight = None if teacher_head is None else teacher_head.detach().to(dtype)
+            weight, distils = _head_weight(head, dtype), teacher_head is not None and kd_weight
+            theirs = _head_weight(teacher_head, dtype) if distils else None
             valid = 0 if labels is None else max(1, int((labels >= 0).sum()))
             for start in range(0, n, rows):
-                part, gradient = slice(start, min(n, start + rows)), None
+                part, pull = slice(start, min(n, start + rows)), 0.0
                 h = hidden[part].detach().to(dtype)  # (R, D)
-                z = (h @ weight.t()).float()  # (R, V)
-                if teacher_weight is not None and kd_weight:
-                    other = (teacher_hidden[part].detach().to(dtype) @ teacher_weight.t()).float()
-                    kl, slope, gradient = _kl_chunk(z, other, tau, needs)
+                z = _product(h, weight.t())  # (R, V)
+                log_s = F.log_softmax(z if plain else z / tau, -1)
+                if distils:
+                    other = _product(teacher_hidden[part].detach().to(dtype), theirs.t())
+                    kl, slope, p_t = _kl_chunk(log_s, other if plain else other.div_(tau), tau)
                     kd += tau**2 * kl / n
                     grad_tau += kd_weight * (2 * tau * kl + tau * slope) / n
-                    gradient = gradient.mul_(kd_weight * tau / n * lift) if needs else None
                 if labels is not None and (want_ce or ce_weight):
                     keep, index = labels[part] >= 0, labels[part].clamp_min(0).unsqueeze(1)
-                    log_p = F.log_softmax(z, -1)
+                    log_p = log_s if plain else F.log_softmax(z, -1)
                     ce -= log_p.gather(1, index).squeeze(1)[keep].sum() / valid
-                    if needs and ce_weight:
-                        dz = log_p.exp_()
-                        dz.scatter_add_(1, index, -torch.ones_like(dz[:, :1]))
-                        dz.mul_((keep.float() * (ce_weight / valid * lift)).unsqueeze(1))
-                        gradient = dz if gradient is None else gradient.add_(dz)
-                if gradient is not None:
+                    pull = keep.float().unsqueeze(1) * (ce_weight / valid * lift)  # (R, 1)
+                if needs:
+                    # push * (p_s - p_t) + pull * (p - one-hot); at tau 1 p is p_s
+                    push = kd_weight * tau / n * lift
+                    gradient = log_s.exp_().mul_(push + pull if plain else push)
+                    gradient = gradient.sub_(p_t.mul_(push)) if distils else gradient
+                    if ce_weight and labels is not None:
+                        gradient = gradient if plain else gradient.add_(log_p.exp_().mul_(pull))
+                        gradient.scatter_add_(1, index, -pull)
                     gradient = gradient.mul_(n).to(dtype)  # of order one inside the products
-                    grad_hidden[part] = (gradient @ weight).float().div_(n * lift)
-                    grad_head.add_((gradient.t() @ h).float(), alpha=1 / (n * lift))
+                    grad_hidden[part] = _product(gradient, weight).div_(n * lift)
+                    grad_head.add_(_product(gradient.t(), h), alpha=1 / (n * lift))
+                z = log_s = other = p_t = log_p = gradient = None  # before the next chunk's
         if needs:
             ctx.save_for_backward(grad_hidden, grad_head, grad_tau)
             ctx.dtypes = hidden.dtype, head.dtype
@@ -1100,23 +1123,23 @@ class _ChunkedDistillation(torch.autograd.Function):
     def backward(ctx, grad, _kd, _ce):
         grad_hidden, grad_head, grad_tau = ctx.saved_tensors
         return ((grad_hidden * grad).to(ctx.dtypes[0]), (grad_head * grad).to(ctx.dtypes[1]), None,
-                None, grad_tau * grad if ctx.needs_input_grad[4] else None, *[None] * 5)
+                None, grad_tau * grad if ctx.needs_input_grad[4] else None, *[None] * 6)
 
 
-def _kl_chunk(z: Tensor, other: Tensor, tau: Tensor,
-              needs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of logits of student and teacher (R, V), the latter overwritten: sum of KL(teacher ||
-    student) at tau, its derivative by tau (0 where none is wanted), and p_s - p_t (R, V)."""
-    p_s, p_t = F.log_softmax(z / tau, -1), F.log_softmax(other.div_(tau), -1)
-    difference = p_t - p_s  # log p_teacher - log p_student
+def _kl_chunk(log_s: Tensor, other: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the student's log-probabilities at tau and the teacher's logits over tau (R, V), the
+    latter overwritten: sum of KL(teacher || student), its derivative by tau (0 where none is
+    wanted), and the teacher's probabilities (R, V)."""
+    p_t = F.log_softmax(other, -1)
+    difference = p_t - log_s  # log p_teacher - log p_student
     log_t = other.copy_(p_t) if tau.requires_grad else None  # another copy would be one too many
     p_t.exp_()
     kl = (p_t * difference).sum(-1)  # (R,)
     slope = torch.zeros_like(kl)
     if tau.requires_grad:  # logits enter up to a constant, so log-probabilities stand for them
-        slope = ((p_t - p_s.exp()) * p_s).sum(-1)
+        slope = ((p_t - log_s.exp()) * log_s).sum(-1)
         slope -= (p_t * (difference - kl.unsqueeze(-1)) * log_t).sum(-1)
-    return kl.sum(), slope.sum(), p_s.exp_().sub_(p_t) if needs else None
+    return kl.sum(), slope.sum(), p_t
 
 
 class _DistillationLoss(NamedTuple):
@@ -1135,20 +1158,22 @@ def distillation_loss(hidden: Tensor, head: Tensor, teacher_hidden: Tensor | Non
     vocabulary and averaged over tokens, times tau^2 [3]; tau may require a gradient.
 
     Logits are made, used and dropped in chunks whose fp32 copies stay below `budget` bytes together
-    (LOGIT_BUDGET): there is no (tokens, V) tensor. Gradients are formed in the same pass. Raises
-    ValueError when the two heads have different vocabularies.
+    (LOGIT_BUDGET, LOGIT_ROWS): there is no (tokens, V) tensor. Gradients are formed in the same
+    pass. Raises ValueError when the two heads have different vocabularies.
     """
     if teacher_head is None:
-        kd_weight = 0.0
+        kd_weight, tau = 0.0, 1.0
     elif teacher_head.shape[0] != head.shape[0]:
         raise ValueError(f"teacher vocabulary is {teacher_head.shape[0]} and the student's "
                          f"{head.shape[0]}; they must be the same tokenizer.")
     else:
         teacher_hidden = teacher_hidden.flatten(0, -2).to(hidden.device)
-    tau = torch.as_tensor(tau, dtype=torch.float32, device=hidden.device)
+    tau = torch.as_tensor(tau, dtype=torch.float32)
+    plain = not tau.requires_grad and float(tau) == 1.0  # one softmax serves both, no division
     return _DistillationLoss(*_ChunkedDistillation.apply(
-        hidden.reshape(-1, hidden.shape[-1]), head, teacher_hidden, teacher_head, tau,
-        None if labels is None else labels.reshape(-1), kd_weight, ce_weight, want_ce, budget))
+        hidden.reshape(-1, hidden.shape[-1]), head, teacher_hidden, teacher_head,
+        tau.to(hidden.device), None if labels is None else labels.reshape(-1), kd_weight, ce_weight,
+        want_ce, budget, plain))
 
 
 @torch.no_grad()
@@ -1156,8 +1181,8 @@ def _nll(hidden: Tensor, head: Tensor, labels: Tensor, budget: int | None = None
     """Negative log-likelihood of each label in nats, in fp32: hidden (..., D), head (V, D), labels
     (...) -> (...); 0 at labels of -100."""
     dtype, rows = _chunks(hidden, head.shape[0], budget)
-    weight, flat = head.to(dtype).t(), hidden.reshape(-1, hidden.shape[-1]).split(rows)
-    parts = [F.cross_entropy((h.to(dtype) @ weight).float(), target, reduction="none")
+    weight, flat = _head_weight(head, dtype).t(), hidden.reshape(-1, hidden.shape[-1]).split(rows)
+    parts = [F.cross_entropy(_product(h.to(dtype), weight), target, reduction="none")
              for h, target in zip(flat, labels.reshape(-1).split(rows))]
     return torch.cat(parts).view(labels.shape)
 
@@ -1376,7 +1401,7 @@ class Distiller(nn.Module):
             with _capture_blocks(self.student, {s for s, _ in self._pairs}) as ours:
                 hidden = self.student.base_model(input_ids, use_cache=False).last_hidden_state
             progress = step / recipe.distill_steps
-            tau = self.temperature(progress).to(hidden.device)
+            tau = self.temperature(progress)
             loss, kd, ce = distillation_loss(
                 hidden, self.student.get_output_embeddings().weight, known, self._head, tau, labels,
                 recipe.kd_weight, recipe.ce_weight, want_ce)
@@ -2032,9 +2057,9 @@ def _history() -> dict[str, Recipe]:
     add("v14.4-rates", "v14.4-sites", "v14.4-sites with the firing rates of all channels held in "
         "[0.22, 0.57]", rate_weight=10.0)
     add("v14.4-vector", "v14.4", "v14.4 with the founders' vector state", state_kind="vector")
-    # 16,384 tokens a step; at an estimated 10,000 tokens/s of a T4, 12,000 steps are 5.5 hours.
-    add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 6 hours",
-        corpus="wikitext-103", max_hours=6.0, seq_len=512, grad_accum=4, distill_steps=12_000,
+    # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours.
+    add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 7 to 11 hours",
+        corpus="wikitext-103", max_hours=11.0, seq_len=512, grad_accum=4, distill_steps=12_000,
         align_steps=2000, eval_every=500, patience=12_000, warmup_ratio=0.05)
     return made
 
@@ -2713,6 +2738,9 @@ class DistillationTrainer(Trainer, TrainerCallback):
         args._n_gpu = 1  # two visible GPUs would make Trainer use DataParallel
         super().__init__(model=objective, args=args, train_dataset=windows, callbacks=[self])
         self.remove_callback(PrinterCallback)
+        if type(self.accelerator.scaler) is torch.amp.GradScaler:
+            # From its usual 65536 it would leave out the whole alignment of a short run.
+            self.accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**11)
         shared = self.is_fsdp_enabled or self.is_deepspeed_enabled
         _require(not shared or recipe.optimizer == "adamw", "optimizer", recipe.optimizer,
                  "adamw where the weights are shared out (--use_fsdp, --use_deepspeed)")
@@ -2975,6 +3003,7 @@ class Task:
         train = _Windows(self.tokens["train"], recipe.seq_len, recipe.seed, length)
         if recipe.curriculum == "pocl":
             drawn = np.unique([train.index(p) for p in range(min(length, train.windows))])
+            self.teacher.to(_select_device()[0])  # hours on a CPU
             head, difficulty = self.teacher.get_output_embeddings().weight, []
             for start in range(0, len(drawn), size):
                 rows = train.gather(drawn[start:start + size])

@@ -1,5 +1,6 @@
 """Losses: distillation in chunks, temperature, CKA, feature dynamics, firing rates, alignment of
 spikes, and what may switch them off."""
+import collections
 import math
 import re
 
@@ -74,6 +75,55 @@ def test_half_precision_products_stay_close(case, dtype):
     for mine, true in zip(gradients(got.loss, *inputs), gradients(expected, *inputs)):
         assert mine.dtype == true.dtype
         assert float((mine - true).norm() / true.norm()) < 3e-2
+
+
+@pytest.mark.parametrize("tau, ce_weight", [(1.0, 0.2), (3.0, 0.0)])
+def test_logits_far_from_zero_lose_nothing_in_half_precision(tau, ce_weight):
+    # GPT-2's lie near -110, where bf16 has steps of a half.
+    vocab, width, n = 5000, 64, 96
+    common, head = F.normalize(torch.randn(width), dim=0), 0.5 * torch.randn(vocab, width)
+    head += torch.outer(2.5 - head @ common, common)
+    theirs = torch.randn(n, width)
+    theirs -= torch.outer(theirs @ common + 110 / 2.5, common)
+    hidden, labels = theirs + 0.1 * torch.randn(n, width), torch.randint(0, vocab, (n,))
+    assert -120 < float((theirs @ head.t()).mean()) < -100
+    found = []
+    for enabled in (False, True):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = asnn.distillation_loss(h, w, theirs, head, tau, labels, 1.0, ce_weight)
+            nll = asnn._nll(hidden, head, labels)
+        found.append((float(loss.kd), float(nll.mean()), *torch.autograd.grad(loss.loss, (h, w))))
+    exact, half = found
+    assert half[0] == pytest.approx(exact[0], rel=0.02)
+    assert half[1] == pytest.approx(exact[1], rel=1e-3)
+    for mine, true in zip(half[2:], exact[2:]):
+        assert F.cosine_similarity(mine.flatten(), true.flatten(), 0) > 0.98
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called on tensors of the shape (rows, V)."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.counts = vocab_size, collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and args[0].shape[-1:] == (self.vocab_size,):
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_chunks_are_large_at_a_real_vocabulary_and_one_softmax_serves_both_losses():
+    vocab, n = 50257, 2 * asnn.LOGIT_ROWS
+    head = torch.randn(vocab, 2)
+    data = torch.randn(n, 2, requires_grad=True), head, torch.randn(n, 2), head
+    counts = {}
+    for tau in (1.0, 2.0):
+        with Operations(vocab) as seen:
+            asnn.distillation_loss(*data, tau, torch.zeros(n, dtype=torch.long), 1.0, 0.2)
+        counts[tau] = [seen.counts[name] for name in ("_log_softmax", "div", "div_")]
+    assert counts == {1.0: [4, 0, 0], 2.0: [6, 2, 2]}  # of two chunks, the teacher's included
 
 
 def test_head_gradient_of_fp16_does_not_overflow():
