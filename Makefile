@@ -9,7 +9,7 @@ CPU_TORCH := --no-deps --extra-index-url https://download.pytorch.org/whl/cpu
 export GOMP_SPINCOUNT ?= 20000
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test notebooks check readme clean
+.PHONY: help env run test images notebooks check readme clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -38,6 +38,36 @@ test: env  ## run all tests (some: make test ARGS="tests -k name")
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
 	env -u MPLBACKEND ASNN_PROFILE=tiny ASNN_CACHE="$$folder/cache" ASNN_OUTPUTS="$$folder/outputs" \
 		PYTHONPATH="$(CURDIR)" $(VENV_PYTHON) -m pytest $(ARGS)
+
+# The images of Kaggle and Colab, August 2026, by their own lists; torch is there a build for CUDA.
+IMAGES := kaggle colab
+PYTHON_kaggle := python3.12
+PYTHON_colab := python3.13
+PINS_kaggle := accelerate==1.13.0 datasets==4.0.0 filelock==3.29.0 fsspec==2025.3.0 \
+	huggingface_hub==1.11.0 ipykernel==6.17.1 ipython==7.34.0 Jinja2==3.1.6 \
+	jupyter_client==7.4.9 jupytext==1.19.1 matplotlib==3.10.0 nbclient==0.10.4 \
+	nbformat==5.10.4 numpy==2.0.2 packaging==26.1 pandas==2.2.2 peft==0.19.1 psutil==5.9.5 \
+	pyarrow==18.1.0 safetensors==0.7.0 scikit-learn==1.6.1 scipy==1.16.3 tensorboard==2.20.0 \
+	tokenizers==0.22.2 torch==2.10.0 tqdm==4.67.3 transformers==5.0.0
+PINS_colab := accelerate==1.14.0 datasets==4.0.0 filelock==3.32.3 fsspec==2025.3.0 \
+	huggingface_hub==1.27.0 ipykernel==6.17.1 ipython==7.34.0 Jinja2==3.1.6 \
+	jupyter_client==7.4.9 jupytext==1.19.5 matplotlib==3.10.0 nbclient==0.10.4 \
+	nbformat==5.11.1 numpy==2.1.3 packaging==26.3 pandas==2.2.3 peft==0.20.0 psutil==5.9.5 \
+	pyarrow==18.1.0 safetensors==0.8.0 scikit-learn==1.6.1 scipy==1.16.3 tensorboard==2.20.0 \
+	tokenizers==0.22.2 torch==2.11.0 tqdm==4.67.3 transformers==5.15.0
+TOOLS := 'papermill>=2.5' 'pytest>=8' 'nbval>=0.11' 'lm-eval>=0.4.10' 'tabulate>=0.9'
+
+images: $(IMAGES:%=image-%)  ## test with the versions of Kaggle and Colab (7 GB each, on request)
+
+# A Python is looked for on PATH, then among pyenv's; without one the image is left out.
+image-%:
+	@for python in $(PYTHON_$*) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/$(PYTHON_$*); do \
+		"$$python" -c '' 2>/dev/null && break || python=; done; \
+	if [ -z "$$python" ]; then echo "$* left out: there is no $(PYTHON_$*)"; exit 0; fi; \
+	test -e .venv-$*/stamp || { "$$python" -m venv --clear .venv-$* && \
+		.venv-$*/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+		$(PINS_$*) $(TOOLS) && touch .venv-$*/stamp; } && \
+	$(MAKE) test VENV_PYTHON=.venv-$*/bin/python
 
 notebooks: env  ## build the .ipynb files with outputs (some: make notebooks NAMES=v15)
 	@$(VENV_PYTHON) .ci/pages.py build $(NAMES)

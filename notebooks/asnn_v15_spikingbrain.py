@@ -326,6 +326,7 @@ for site, row in tqdm(first.sites.items(), "second opinions", unit="site", leave
                                    for name, pair in pairs.items()}})
 run.show(plot_says(first, seconds), "information-and-cka")
 asnn.show_table(table)
+del hidden, sample, kernels, bare, untrained, made  # of gigabytes at full size
 
 # %% [markdown]
 # ## A look at the spikes
