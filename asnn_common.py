@@ -810,8 +810,8 @@ class GooseModel(_GoosePreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         _require(x.numel() > 0, "shape of the input", tuple(x.shape), "a row and a token at least")
-        more["state"] = state
-        state = _take_state(more)
+        if more:  # torch.compile need not read this
+            state = _take_state(more := {"state": state, **more})
         mask, use_cache = self._padding(attention_mask, x, state, use_cache)
         counted = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
         seen = counted.cumsum(1)  # (B, T)
@@ -1379,8 +1379,8 @@ class Distiller(nn.Module):
         vars(self)["teacher"] = teacher  # no submodule
         if teacher is None:
             return
-        _require(_head_is_all(teacher), "teacher", teacher.config.model_type, "a model whose logits "
-                 "are its head's weight times the last hidden state, as GPT-2, Llama or Qwen 3")
+        _require(_head_is_all(teacher), "teacher", teacher.config.model_type, "a model whose logits"
+                 " are its head's weight times the last hidden state, as GPT-2, Llama or Qwen 3")
         self._head = teacher.eval().requires_grad_(False).get_output_embeddings().weight.detach()
         if recipe.spike_kind != "dense" and (recipe.rate_weight or recipe.spike_align_weight):
             self._watch = self._undo.enter_context(_SpikeWatch(student))
