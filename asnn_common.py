@@ -19,6 +19,7 @@ Agakov 2003, [15] Miller-Madow, Paninski 2003, [17] energy at 45 nm, Horowitz 20
 """
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import inspect
@@ -115,6 +116,7 @@ class GooseConfig(PreTrainedConfig):
                    "attn_implementation", "experts_implementation"}
         unknown = sorted(k for k in kwargs if not k.startswith("_") and k not in library)
         _require(not unknown, "field of GooseConfig", unknown, ", ".join(sorted(values)))
+        kwargs = {**kwargs.pop("_of_other_tools", {}), **kwargs}
         vars(self).update(values)
         self._check()
         self.ffn_width = ffn_width or 4 * d_model
@@ -155,11 +157,16 @@ class GooseConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As the library's; also reads what was saved before version 18."""
+        """As the library's; also reads what was saved before version 18. Keys that other tools
+        wrote into config.json, as quantization_config, are kept; ValueError for one like ours."""
         values = {"head_dim" if k == "head_width" else k: v for k, v in config_dict.items()}
         for name in ("alpha_init", "amplitude_init"):
             start = values.pop(name, 1.0)
             _require(start == 1.0, name, start, "1.0")
+        ours = [*inspect.signature(cls).parameters, *cls.attribute_map]
+        others = values.keys() - {*ours, *dir(PreTrainedConfig), *vars(PreTrainedConfig())}
+        values["_of_other_tools"] = {name: values.pop(name) for name in sorted(others) if not
+                                     difflib.get_close_matches(name, ours, 1, 0.85)}
         return super().from_dict(values, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -548,6 +555,16 @@ class _GooseState(NamedTuple):
         return _GooseState(layers, self.position[index.to(self.position.device)], self.length)
 
 
+def _take_state(given: dict[str, Any]) -> _GooseState | None:
+    """Takes the state out of arguments, under any name of a cache. ValueError for another kind."""
+    names = ("state", "past_key_values", "cache_params")
+    found = [value for name in names if (value := given.pop(name, None)) is not None]
+    _require(len(found) < 2, "number of states", len(found), "one, as state or past_key_values")
+    for value in found:
+        _require(hasattr(value, "position"), "cache", type(value).__name__, "a state of this model")
+    return found[0] if found else None
+
+
 def _encoder(config: GooseConfig, site: str, width: int) -> nn.Module:
     """What stands before a Linear: an encoder where `spike_sites` names the site, else nothing."""
     if site not in config.spike_sites:
@@ -649,7 +666,8 @@ class MatrixTimeMix(TimeMix):
             r, k, v = (x.to(dtype).view(B, T, self.heads, -1) for x in (r, k, v))  # (B, T, H, N)
             w = torch.sigmoid(self.decay_logit.to(dtype)).view(self.heads, -1)  # (H, N)
             if beta is None:
-                k = k * (1 - w.square()).sqrt()
+                # A decay that rounds to one has no slope, where the root's would be infinite.
+                k = k * (1 - w.square()).clamp_min(torch.finfo(dtype).eps).sqrt()
             else:
                 # The one is small beside the events of a head; a head without any stays at zero.
                 k = k * (k.square().sum(-1, keepdim=True) + 1.0).rsqrt()
@@ -776,23 +794,30 @@ class GooseModel(_GoosePreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, state=None, inputs_embeds=None,
-                use_cache=None, output_hidden_states=None, return_dict=True, **unused):
+                use_cache=None, output_hidden_states=None, return_dict=True, **more):
         """input_ids (B, T) -> last hidden state (B, T, D).
 
         `attention_mask` is (B, T), or (B, seen + T) as `generate` passes it, 1 at tokens and 0 at
         padding. With a state, padding stands on the left: a pad after a token would age the state,
         and raises ValueError where a state is given or asked for. Positions count tokens without
-        padding; past n_positions the last one is kept, so that a sequence may go on.
+        padding; past n_positions the last one is kept, so that a sequence may go on. Of `more`,
+        past_key_values and cache_params are the state; what would change nothing passes, and all
+        else raises ValueError, as what packs several documents into a row does.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        _require(x.numel() > 0, "shape of the input", tuple(x.shape), "a row and a token at least")
+        if more:  # torch.compile need not read this
+            state = _take_state(more := {"state": state, **more})
         mask, use_cache = self._padding(attention_mask, x, state, use_cache)
         counted = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
         seen = counted.cumsum(1)  # (B, T)
         start = 0 if state is None else state.position.unsqueeze(1)
+        if more:
+            self._check_inputs(start + seen - 1, mask, **more)
         x = x + self.positions((start + seen - 1).clamp(0, self.config.n_positions - 1))
         hidden, layers = [], []
         pasts = [None] * len(self.blocks) if state is None else state.layers
@@ -808,6 +833,21 @@ class GooseModel(_GoosePreTrainedModel):
             after = _GooseState(tuple(layers), position + seen[:, -1], length + x.shape[1])
         result = _GooseOutput(last_hidden_state=x, state=after, hidden_states=hidden)
         return result.to_tuple() if return_dict is False else result
+
+    def _check_inputs(self, positions, mask, position_ids=None, token_type_ids=None, **more):
+        """Raises ValueError for an argument with a meaning that this model has no use for."""
+        if position_ids is not None:
+            fits = position_ids.shape in (positions.shape, positions[:1].shape, positions[0].shape)
+            if fits:
+                same = position_ids.to(positions.device) == positions
+                fits = bool(same.all() if mask is None else (same | ~mask).all())
+            _require(fits, "position_ids", position_ids.tolist(),
+                     "the numbers of the tokens, on from those of the state; one document a row")
+        if token_type_ids is not None:
+            more["token_type_ids"] = bool(token_type_ids.any())
+        names = [name for name, value in more.items() if value is not None and value is not False
+                 and name not in ("cache_position", "num_items_in_batch")]  # these say nothing new
+        _require(not names, "input", names, "those that the forward pass names; one document a row")
 
     def _padding(self, attention_mask, x, state, use_cache):
         """(mask (B, T), None where nothing is padding; whether to return a state)."""
@@ -849,7 +889,7 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, state=None, labels=None,
                 inputs_embeds=None, use_cache=None, output_hidden_states=None, logits_to_keep=0,
-                return_dict=True, **unused):
+                return_dict=True, **more):
         """input_ids (B, T) -> logits (B, T, V); see GooseModel.
 
         `labels` (B, T) are shifted here and -100 is ignored, as in GPT2LMHeadModel; only the last
@@ -857,7 +897,7 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
         """
         use_cache = False if use_cache is None and self.training else use_cache
         out = self.goose(input_ids, attention_mask, state, inputs_embeds, use_cache,
-                         output_hidden_states)
+                         output_hidden_states, **more)
         keep = logits_to_keep
         keep = slice(-keep, None) if isinstance(keep, int) else keep  # 0 keeps all
         logits = self.lm_head(out.last_hidden_state[:, keep])  # (B, T or kept, V)
@@ -891,6 +931,16 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
     # The cache is a _GooseState, made by the first forward pass.
     _supports_default_dynamic_cache = classmethod(lambda cls: False)
     _reorder_cache = staticmethod(_GooseState.reorder)
+
+    def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
+        """Also the rows of a state that was given; here, since `generate` refuses it by the other
+        name later."""
+        state = _take_state(kwargs)
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, **kwargs)
+        if state is not None:
+            rows = torch.arange(len(state.position)).repeat_interleave(expand_size)
+            kwargs["state"] = state.reorder(rows)
+        return input_ids, kwargs
 
     def prepare_inputs_for_generation(self, input_ids, state=None, attention_mask=None,
                                       use_cache=None, inputs_embeds=None, past_key_values=None,
@@ -1006,6 +1056,25 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
             undo.callback(model.train, model.training)
             model.eval()
         yield
+
+
+@torch.no_grad()
+def _head_is_all(model: nn.Module) -> bool:
+    """Whether a model's logits are what its head makes of the last hidden state, and the head of a
+    Linear its weight alone: no bias, factor or soft cap; found out on a few tokens."""
+    if isinstance(model, GooseForCausalLM):  # by construction; hooks at its spikes see no more
+        return True
+    head, device = model.get_output_embeddings(), next(model.parameters()).device
+    ids = torch.arange(0, model.config.vocab_size, -(-model.config.vocab_size // 4), device=device)
+    with _evaluating(model):
+        logits = model(ids[None], use_cache=False).logits
+        hidden = model.base_model(ids[None], use_cache=False).last_hidden_state
+    if isinstance(head, nn.Linear):
+        made = F.linear(hidden.to(head.weight), head.weight)
+    else:
+        made = head(hidden)
+    error, size = ((made - x).float().abs().max() for x in (logits, 0.0))
+    return bool(error <= max(1e-4, 4 * torch.finfo(hidden.dtype).eps) * size)
 
 
 def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
@@ -1335,6 +1404,8 @@ class Distiller(nn.Module):
         vars(self)["teacher"] = teacher  # no submodule
         if teacher is None:
             return
+        _require(_head_is_all(teacher), "teacher", teacher.config.model_type, "a model whose logits"
+                 " are its head's weight times the last hidden state, as GPT-2, Llama or Qwen 3")
         self._head = teacher.eval().requires_grad_(False).get_output_embeddings().weight.detach()
         if recipe.spike_kind != "dense" and (recipe.rate_weight or recipe.spike_align_weight):
             self._watch = self._undo.enter_context(_SpikeWatch(student))
@@ -1514,18 +1585,22 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     groups += [starts[-1:]] * (len(starts) > len(full))
     device, head = next(model.parameters()).device, model.get_output_embeddings()
     hidden = description is None or int(os.environ.get("RANK", 0)) > 0
-    window, count = [], []
+    window, count, plain = [], [], _head_is_all(model)
     with _evaluating(model):
         for group in tqdm(groups, description, unit="batch", mininterval=1.0, disable=hidden):
             rows = np.stack([tokens[s:s + seq_len + 1].astype(np.int64) for s in group])
             rows = torch.from_numpy(rows).to(device)
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                out = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
-                if isinstance(head, nn.Linear):
+                if plain:
+                    out = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
+                else:  # what follows the head, if it is one, is the model's own affair
+                    out = model(rows[:, :-1], use_cache=False).logits
+                if plain and isinstance(head, nn.Linear):
                     nll = _nll(out, head.weight, rows[:, 1:])  # (B, T)
                 else:  # a head in int8 or fed by spikes has no weight to share out
-                    nll = torch.stack([F.cross_entropy(head(h).float(), y, reduction="none")
-                                       for h, y in zip(out, rows[:, 1:])])
+                    scores = map(head, out) if plain else out
+                    nll = torch.stack([F.cross_entropy(z.float(), y, reduction="none")
+                                       for z, y in zip(scores, rows[:, 1:])])
             window += nll.double().sum(1).tolist()
             count += [nll.shape[1]] * len(group)
     window, count = np.array(window), np.array(count)
@@ -3354,6 +3429,7 @@ def _to_int8(model: nn.Module, linears: list[str], embeddings: list[str]) -> Non
     plan |= {name: ao.float_qparams_weight_only_qconfig for name in embeddings}
     with warnings.catch_warnings():  # a notice of deprecation at each call
         warnings.simplefilter("ignore")
+        model = model.float() if plan else model  # in place: what int8 stands beside is fp32
         ao.quantize_dynamic(model, plan, inplace=True)
     for name in embeddings:  # its kernel takes no other indices
         model.get_submodule(name).register_forward_pre_hook(lambda _m, args: args[0].contiguous())
@@ -3727,6 +3803,8 @@ class Run:
                 shutil.rmtree(self.folder / "student", ignore_errors=True)  # of one cut off
                 with _new_folder(self.folder / "student") as made:
                     student.save_pretrained(made)
+                    tokenizer = copy.deepcopy(tokenizer)
+                    tokenizer.padding_side = "left"  # as a state needs it
                     tokenizer.save_pretrained(made)
                     (made / "README.md").write_text(_model_card(metrics), encoding="utf-8")
             self.save("metrics.json", metrics)
