@@ -1,0 +1,320 @@
+"""A simulated CUDA, for what a machine without a GPU can find out about code for one: tensors that
+say cuda:N, hold CPU data and refuse what CUDA refuses. It knows nothing of time and memory.
+
+    simulated_cuda.py FILE.py [name=value ...]   run a page or a script; values replace those of its
+                                                 parameters. GPUS and CAPABILITY (7.5) choose cards.
+
+Libraries are imported before `install`, which cannot be undone: each use is a process of its own.
+"""
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+# Autograd asks C++ for a guard of each device that a tensor names.
+GUARD = r"""
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace at {
+struct CUDAHooks : CUDAHooksInterface {
+  CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  DeviceIndex deviceCount() const override { return 8; }
+  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  void setCurrentDevice(DeviceIndex) const override {}
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  void deviceSynchronize(DeviceIndex) const override {}
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}
+struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  using S = c10::Stream;
+  c10::DeviceIndex deviceCount() const noexcept override { return 8; }
+  c10::Device getDevice() const override { return {c10::kCUDA, 0}; }
+  c10::Device exchangeDevice(c10::Device) const override { return {c10::kCUDA, 0}; }
+  S getStream(c10::Device d) const noexcept override {
+    return S(S::DEFAULT, c10::Device(c10::kCUDA, d.index() < 0 ? 0 : d.index()));
+  }
+  S getDefaultStream(c10::Device d) const override { return getStream(d); }
+  S getNewStream(c10::Device d, int) const override { return getStream(d); }
+  S exchangeStream(S s) const noexcept override { return s; }
+  void record(void**, const S&, const c10::DeviceIndex,
+              const c10::EventFlag) const override {}
+  void block(void*, const S&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override {}
+  void synchronizeDevice(const c10::DeviceIndex) const override {}
+  void recordDataPtrOnStream(const c10::DataPtr&, const S&) const override {}
+  bool isStreamCapturing(const S&) const override { return false; }
+};
+static Guard guard;
+static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+"""
+
+
+def load_guard():
+    """Builds and loads GUARD, before torch is imported: what registers first counts."""
+    root = Path(importlib.util.find_spec("torch").origin).parent
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source.write_text(GUARD)
+        subprocess.run(["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, "-o", built,
+                        f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include",
+                        f"-L{root}/lib", "-lc10", "-ltorch_cpu"], check=True)
+        for path in (*sorted((root / "lib").glob("libgomp*")), root / "lib" / "libc10.so",
+                     root / "lib" / "libtorch_cpu.so", built):
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+
+
+if "torch" not in sys.modules:
+    load_guard()
+
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+
+CARD = SimpleNamespace(count=1, capability=(7, 5), generators={})
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+COPYING = {"copy_", "_to_copy", "_copy_from"}
+
+
+class CudaTensor(torch.Tensor):
+    """A tensor that says it is on a GPU; `inner` holds what it holds."""
+
+    @staticmethod
+    def __new__(cls, inner, device):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), dtype=inner.dtype, device=device)
+
+    def __init__(self, inner, device):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return dispatch(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol):
+        return self.inner.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            new = CudaTensor(self.inner.detach().clone(), self.device)
+            memo[id(self)] = new.requires_grad_(self.requires_grad)
+            if getattr(self, "_is_param", False):
+                new._is_param = True
+        return memo[id(self)]
+
+    def __repr__(self, **_more):
+        return f"CudaTensor({self.device}, {self.inner!r})"
+
+    def numpy(self, **_more):
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy.")
+
+    def __array__(self, *_args, **_more):
+        return self.numpy()
+
+    def tolist(self):
+        return self.inner.tolist()
+
+    def untyped_storage(self):
+        return self.inner.untyped_storage()
+
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
+
+def generator(device):
+    """The generator of a card."""
+    index = torch.device(device).index or 0
+    if index not in CARD.generators:
+        CARD.generators[index] = torch.Generator().manual_seed(1000 + index)
+    return CARD.generators[index]
+
+
+def refuse(name, func, args, kwargs, on_card, on_host):
+    """Raises what CUDA raises for operands that do not belong together or have no kernel."""
+    devices = sorted({str(x.device) for x in on_card})
+    host = [x for x in on_host if x.dim() > 0 or name in ("mm", "bmm", "addmm", "cat", "embedding")]
+    if name in INDEXING and isinstance(args[0], CudaTensor):  # indices may be on the host
+        host = [x for x in tree_leaves(args[2:3]) if any(x is y for y in host)]
+    written = func._schema.is_mutable and isinstance(args[0], torch.Tensor) and (
+        not isinstance(args[0], CudaTensor))
+    if name not in COPYING and (len(devices) > 1 or host or written):
+        raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
+                           f"devices, {', '.join(devices)}{' and cpu' * bool(host or written)}! "
+                           f"({func})")
+    if not str(func).startswith(("aten.", "prims.", "prim.", "profiler.", "c10d")):
+        raise NotImplementedError(f"Could not run '{func}' with arguments from the 'CUDA' backend.")
+    half = any(x.dtype.itemsize == 2 for x in on_card)
+    if half and name.startswith("linalg_") and name != "linalg_vector_norm":
+        raise RuntimeError(f"{name} not implemented for 'Half'")
+    if name == "quantile" and args[0].numel() > 16_000_000:
+        raise RuntimeError("quantile() input tensor is too large")
+    if kwargs.get("generator") is not None and kwargs["generator"].device.type == "cpu":
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+
+
+def compute(func, args, kwargs):
+    """The operation on the host, products of fp16 summed in fp32 as tensor cores do."""
+    name = func.overloadpacket.__name__
+    if str(func) == "aten.mm.dtype":
+        return args[0].float() @ args[1].float()
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    if name in ("mm", "addmm", "bmm", "baddbmm") and tensors[0].dtype == torch.float16:
+        args = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, args)
+        return func(*args, **kwargs).half()
+    return func(*args, **kwargs)
+
+
+def dispatch(func, args, kwargs):
+    """One operation: refused, or done on the host and given back under the card's name."""
+    name, tensors = func.overloadpacket.__name__, [
+        x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    on_card = [x for x in tensors if isinstance(x, CudaTensor)]
+    wanted = kwargs.get("device")
+    wanted = torch.device(wanted) if wanted is not None else None
+    if not on_card and (wanted is None or wanted.type != "cuda"):
+        return func(*args, **kwargs)
+    if wanted is not None and wanted.type == "cuda":
+        wanted = torch.device("cuda", wanted.index or 0)
+        if wanted.index >= CARD.count:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+    device = wanted or on_card[0].device
+    if wanted is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu" if wanted.type == "cuda" else wanted)}
+    if on_card or device.type == "cuda":
+        on_host = [x for x in tensors if not isinstance(x, CudaTensor)]
+        refuse(name, func, args, kwargs, on_card, on_host)
+    if device.type == "cuda" and "generator" in [a.name for a in func._schema.arguments]:
+        kwargs = {**kwargs, "generator": generator(device)}
+    if name == "_has_compatible_shallow_copy_type":
+        return False
+    kwargs.pop("pin_memory", None)
+    out = compute(func, *tree_map(lambda x: x.inner if isinstance(x, CudaTensor) else x,
+                                  (args, kwargs)))
+    return given_back(func, args, kwargs, out, device)
+
+
+def given_back(func, args, kwargs, out, device):
+    """The results as CudaTensors; what was written to in place is the argument itself."""
+    written = {}
+    for i, a in enumerate(func._schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(a.name)
+            written.update(dict.fromkeys(a.alias_info.before_set, value))
+
+    def wrap(x):
+        bare = isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor)
+        return CudaTensor(x, device) if bare and device.type == "cuda" else x
+
+    def one(declared, value):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            return written[next(iter(declared.alias_info.before_set))]
+        return tree_map(wrap, value)
+
+    declared = func._schema.returns
+    if len(declared) > 1 and isinstance(out, (tuple, list)):
+        return tuple(map(one, declared, out))
+    return one(declared[0], out) if declared else out
+
+
+class Mode(TorchDispatchMode):
+    """Sees the operations that make tensors on a card."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return dispatch(func, args, kwargs or {})
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+              enable_gqa=False):
+    """Scaled dot-product attention by plain operations: the fused ones choose by device."""
+    scores = (query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)).float()
+    if is_causal:
+        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~causal, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.softmax(scores, -1).to(query.dtype) @ value
+
+
+def install(count=1, capability=(7, 5), memory=15_828_320_256):
+    """Makes torch.cuda say that there are `count` cards, and tensors go to them."""
+    CARD.count, CARD.capability = count, capability
+    cuda, name = torch.cuda, "simulated GPU"
+    properties = SimpleNamespace(name=name, major=capability[0], minor=capability[1],
+                                 total_memory=memory, multi_processor_count=40)
+
+    def seed_all(seed):
+        for index in range(count):
+            generator(torch.device("cuda", index)).manual_seed(int(seed))
+
+    def set_states(states):
+        for index, state in enumerate(states):
+            generator(torch.device("cuda", index)).set_state(state)
+
+    answers = {
+        "is_available": True, "device_count": count, "is_initialized": True, "_lazy_init": None,
+        "get_device_name": name, "get_device_capability": capability, "current_device": 0,
+        "get_device_properties": properties, "set_device": None, "synchronize": None,
+        "empty_cache": None, "ipc_collect": None, "max_memory_allocated": 3 * 2**30,
+        "memory_allocated": 2**30, "memory_reserved": 2**30, "max_memory_reserved": 3 * 2**30,
+        "reset_peak_memory_stats": None, "mem_get_info": (memory, memory), "_is_in_bad_fork": False,
+        "is_current_stream_capturing": False, "current_stream": None}
+    functions = {key: lambda *_a, value=value, **_k: value for key, value in answers.items()}
+    functions |= {
+        "is_bf16_supported": lambda including_emulation=True: (
+            including_emulation or capability[0] >= 8),  # as torch answers for a T4
+        "manual_seed_all": seed_all, "manual_seed": lambda seed: seed_all(seed),
+        "get_rng_state": lambda device=0: generator(torch.device("cuda", 0)).get_state(),
+        "get_rng_state_all": lambda: [generator(torch.device("cuda", i)).get_state()
+                                      for i in range(count)],
+        "set_rng_state": lambda state, device=0: set_states([state]),
+        "set_rng_state_all": set_states}
+    for key, function in functions.items():
+        vars(cuda)[key] = function
+        if key in vars(cuda.random):
+            vars(cuda.random)[key] = function
+    torch._C._cuda_isCurrentStreamCapturing = lambda: False
+    for key, value in {"is_available": True, "synchronize": None, "device_count": count,
+                       "current_accelerator": torch.device("cuda"),
+                       "current_device_index": 0}.items():
+        vars(torch.accelerator)[key] = lambda *_a, value=value, **_k: value
+    torch.nn.functional.scaled_dot_product_attention = attention
+    torch.Tensor.cuda = lambda self, device=None, **_k: self.to(device or "cuda")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch._C._set_only_lift_cpu_tensors(True)
+    torch.autograd.set_multithreading_enabled(False).__enter__()
+    Mode().__enter__()
+
+
+def main(path, *values):
+    """Runs a file under the simulation."""
+    torch.set_num_threads(1)
+    import accelerate, datasets, matplotlib.pyplot, pandas, peft, scipy.stats  # noqa: E401, F401
+    import transformers  # noqa: F401
+    install(int(os.environ.get("GPUS", 1)),
+            tuple(map(int, os.environ.get("CAPABILITY", "7.5").split("."))))
+    source = Path(path).read_text(encoding="utf-8")
+    for name, value in (pair.split("=", 1) for pair in values):
+        source, found = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, count=1,
+                                flags=re.MULTILINE)
+        assert found, f"{path} has no parameter {name}"
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    exec(compile(source, path, "exec"), {"__name__": "__main__", "__file__": path})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
