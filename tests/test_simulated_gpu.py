@@ -1,0 +1,100 @@
+"""The code for GPUs under a simulated CUDA: what a card refuses, training, the branches of pages."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+REFUSED = """
+import torch
+from simulated_cuda import CARD
+x, cpu = torch.ones(3, 3, device="cuda"), torch.ones(3, 3)
+other = torch.ones(3, 3, device="cuda:1")
+packed = torch.ops.quantized.embedding_bag_byte_prepack
+wrong = {
+    "two devices": lambda: x + other, "host and card": lambda: x @ cpu,
+    "in place on the host": lambda: cpu.add_(x), "to numpy": lambda: x.numpy(),
+    "to numpy, half-hidden": lambda: __import__("numpy").asarray(x),
+    "generator of the host": lambda: torch.rand(3, device="cuda", generator=torch.Generator()),
+    "half in linalg": lambda: torch.linalg.qr(x.half()), "no kernel": lambda: packed(x),
+    "no such card": lambda: cpu.to("cuda:7"),
+    "mixed gradient": lambda: (cpu.requires_grad_() * other.sum()).to("cuda") + x}
+for name, call in wrong.items():
+    try:
+        call()
+    except (RuntimeError, TypeError, NotImplementedError):
+        continue
+    if name != "mixed gradient":  # a number on a card may meet the host: a control
+        raise SystemExit(f"not refused: {name}")
+y = x.clone().requires_grad_()
+((y * 2.0).cpu() @ cpu).sum().backward()
+assert y.grad.device == x.device and y.grad.cpu().tolist() == [[6.0] * 3] * 3
+assert (torch.mm(x.half(), x.half(), out_dtype=torch.float32).dtype, CARD.count) == (x.dtype, 2)
+"""
+
+TRAINING = """
+import math, torch
+import asnn_common as asnn
+small = {"distill_steps": 3, "align_steps": 1, "eval_every": 2, "teacher_steps": 2}
+task = asnn.load_task(asnn.get_recipe("v14.4-rates", "tiny", **small))
+for precision in ("fp16", "bf16"):
+    recipe = task.recipe.replace(precision=precision)
+    student, result = asnn.distil(task, recipe)
+    losses = [row["loss"] for row in result.log if "loss" in row]
+    assert len(losses) == 3 and all(map(math.isfinite, losses)) and result.skipped == 0
+    assert result.finished and result.precision == precision and student.device.index == 0
+    teacher = next(task.teacher.parameters()).device
+    assert str(teacher) == f"cuda:{torch.cuda.device_count() - 1}", teacher
+pocl = task.recipe.replace(curriculum="pocl", temperature="staged")
+task.teacher.cpu()
+task.windows(pocl)
+assert next(task.teacher.parameters()).is_cuda  # it ranked the windows there
+"""
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """Runs a file, or code, under the simulation; several share cache and outputs."""
+    folder = tmp_path_factory.mktemp("simulated")
+
+    def run(path, *values, **variables):
+        if isinstance(path, str):
+            (folder / "code.py").write_text(path)
+            path = folder / "code.py"
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+               "ASNN_PROFILE": "tiny", "ASNN_HOME": str(ROOT), "MPLBACKEND": "Agg",
+               "ASNN_OUTPUTS": str(folder / "outputs"), "ASNN_REF": "", "OMP_NUM_THREADS": "1",
+               "PYTHONWARNINGS": "default", **variables}
+        done = subprocess.run([sys.executable, ROOT / "tests" / "simulated_cuda.py", path, *values],
+                              env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        assert "FutureWarning" not in done.stderr
+        return done.stdout, folder / "outputs"
+    return run
+
+
+def test_the_simulation_refuses_what_a_card_refuses(simulated):
+    simulated(REFUSED, GPUS="2")
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_three_steps_of_the_default_recipe(simulated, gpus):
+    simulated(TRAINING, GPUS=gpus, CAPABILITY="8.0")
+
+
+def test_the_gpu_branches_of_v14_4_and_v17(simulated):
+    page = ROOT / "notebooks" / "asnn_v14_4_transfer.py"
+    out, outputs = simulated(page, "steps=3", "tax_seeds=1", "tax_steps=2")
+    assert "Finished: v14.4-rates" in out and "float16" not in out
+    (metrics,) = outputs.glob("v14.4-rates/*/metrics.json")
+    metrics = json.loads(metrics.read_text())
+    assert metrics["environment"]["device"] == "cuda:0"
+    assert metrics["training"]["precision"] == "fp16"  # of a T4
+    page = ROOT / "notebooks" / "asnn_v17_bench.py"
+    out, outputs = simulated(page, 'device_name="cuda"', "repeats=1", "batches=[1]", "layers=1")
+    assert "Finished: v17" in out and "simulated GPU" in out
+    (rows,) = outputs.glob("v17/*/bench.json")
+    rows = json.loads(rows.read_text())["rows"]
+    assert all("int8" not in row["system"] and "compiled" not in row["system"] for row in rows)
