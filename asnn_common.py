@@ -829,12 +829,11 @@ class GooseModel(_GoosePreTrainedModel):
         result = _GooseOutput(last_hidden_state=x, state=after, hidden_states=hidden)
         return result.to_tuple() if return_dict is False else result
 
-    def _check_inputs(self, positions, counted, position_ids=None, token_type_ids=None,
+    def _check_inputs(self, own, counted, position_ids=None, token_type_ids=None,
                       cache_position=None, num_items_in_batch=None, **more):
         """ValueError for inputs whose meaning would be lost; the last two named have none."""
-        if position_ids is not None and position_ids.shape[-1:] == positions.shape[-1:]:
-            wrong = position_ids.to(positions.device) != positions
-            position_ids = bool((wrong & (counted > 0)).any())
+        if position_ids is not None and position_ids.shape[-1:] == own.shape[-1:]:
+            position_ids = bool(((position_ids.to(own.device) != own) & (counted > 0)).any())
         types = token_type_ids is not None and bool(token_type_ids.any())
         more = {"position_ids": position_ids, "token_type_ids": types, **more}
         names = [name for name, value in more.items() if value is not None and value is not False]
