@@ -164,9 +164,8 @@ class GooseConfig(PreTrainedConfig):
             start = values.pop(name, 1.0)
             _require(start == 1.0, name, start, "1.0")
         ours = [*inspect.signature(cls).parameters, *cls.attribute_map]
-        others = values.keys() - {*ours, *dir(PreTrainedConfig), *vars(PreTrainedConfig())}
-        values["_of_other_tools"] = {name: values.pop(name) for name in sorted(others) if not
-                                     difflib.get_close_matches(name, ours, 1, 0.85)}
+        others = [name for name in values if not difflib.get_close_matches(name, ours, 1, 0.85)]
+        values["_of_other_tools"] = {name: values.pop(name) for name in others if name[:1] != "_"}
         return super().from_dict(values, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -555,13 +554,11 @@ class _GooseState(NamedTuple):
         return _GooseState(layers, self.position[index.to(self.position.device)], self.length)
 
 
-def _take_state(given: dict[str, Any]) -> _GooseState | None:
-    """Takes the state out of arguments, under any name of a cache. ValueError for another kind."""
-    names = ("state", "past_key_values", "cache_params")
-    found = [value for name in names if (value := given.pop(name, None)) is not None]
-    _require(len(found) < 2, "number of states", len(found), "one, as state or past_key_values")
-    for value in found:
-        _require(hasattr(value, "position"), "cache", type(value).__name__, "a state of this model")
+def _one_state(*given: Any) -> _GooseState | None:
+    """The one that is not None, if any. ValueError for a second and for another kind of cache."""
+    found = [value for value in given if value is not None]
+    _require(len(found) < 2 and all(hasattr(value, "position") for value in found), "cache",
+             [type(value).__name__ for value in found], "one state of this model")
     return found[0] if found else None
 
 
@@ -666,8 +663,7 @@ class MatrixTimeMix(TimeMix):
             r, k, v = (x.to(dtype).view(B, T, self.heads, -1) for x in (r, k, v))  # (B, T, H, N)
             w = torch.sigmoid(self.decay_logit.to(dtype)).view(self.heads, -1)  # (H, N)
             if beta is None:
-                # A decay that rounds to one has no slope, where the root's would be infinite.
-                k = k * (1 - w.square()).clamp_min(torch.finfo(dtype).eps).sqrt()
+                k = k * (1 - w.square()).clamp_min(torch.finfo(dtype).eps).sqrt()  # finite slope
             else:
                 # The one is small beside the events of a head; a head without any stays at zero.
                 k = k * (k.square().sum(-1, keepdim=True) + 1.0).rsqrt()
@@ -794,15 +790,15 @@ class GooseModel(_GoosePreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, state=None, inputs_embeds=None,
-                use_cache=None, output_hidden_states=None, return_dict=True, **more):
+                use_cache=None, output_hidden_states=None, return_dict=True,
+                past_key_values=None, cache_params=None, **more):
         """input_ids (B, T) -> last hidden state (B, T, D).
 
         `attention_mask` is (B, T), or (B, seen + T) as `generate` passes it, 1 at tokens and 0 at
         padding. With a state, padding stands on the left: a pad after a token would age the state,
         and raises ValueError where a state is given or asked for. Positions count tokens without
-        padding; past n_positions the last one is kept, so that a sequence may go on. Of `more`,
-        past_key_values and cache_params are the state; what would change nothing passes, and all
-        else raises ValueError, as what packs several documents into a row does.
+        padding; past n_positions the last one is kept, so that a sequence may go on. The
+        caches' other names are the state's; what other models use and this one cannot is refused.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
@@ -810,14 +806,13 @@ class GooseModel(_GoosePreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         _require(x.numel() > 0, "shape of the input", tuple(x.shape), "a row and a token at least")
-        if more:  # torch.compile need not read this
-            state = _take_state(more := {"state": state, **more})
+        state = _one_state(state, past_key_values, cache_params)
         mask, use_cache = self._padding(attention_mask, x, state, use_cache)
         counted = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
         seen = counted.cumsum(1)  # (B, T)
         start = 0 if state is None else state.position.unsqueeze(1)
         if more:
-            self._check_inputs(start + seen - 1, mask, **more)
+            self._check_inputs(start + seen - 1, counted, **more)
         x = x + self.positions((start + seen - 1).clamp(0, self.config.n_positions - 1))
         hidden, layers = [], []
         pasts = [None] * len(self.blocks) if state is None else state.layers
@@ -834,20 +829,15 @@ class GooseModel(_GoosePreTrainedModel):
         result = _GooseOutput(last_hidden_state=x, state=after, hidden_states=hidden)
         return result.to_tuple() if return_dict is False else result
 
-    def _check_inputs(self, positions, mask, position_ids=None, token_type_ids=None, **more):
-        """Raises ValueError for an argument with a meaning that this model has no use for."""
-        if position_ids is not None:
-            fits = position_ids.shape in (positions.shape, positions[:1].shape, positions[0].shape)
-            if fits:
-                same = position_ids.to(positions.device) == positions
-                fits = bool(same.all() if mask is None else (same | ~mask).all())
-            _require(fits, "position_ids", position_ids.tolist(),
-                     "the numbers of the tokens, on from those of the state; one document a row")
-        if token_type_ids is not None:
-            more["token_type_ids"] = bool(token_type_ids.any())
-        names = [name for name, value in more.items() if value is not None and value is not False
-                 and name not in ("cache_position", "num_items_in_batch")]  # these say nothing new
-        _require(not names, "input", names, "those that the forward pass names; one document a row")
+    def _check_inputs(self, own, counted, position_ids=None, token_type_ids=None,
+                      cache_position=None, num_items_in_batch=None, **more):
+        """ValueError for inputs whose meaning would be lost; the last two named have none."""
+        if position_ids is not None and position_ids.shape[-1:] == own.shape[-1:]:
+            position_ids = bool(((position_ids.to(own.device) != own) & (counted > 0)).any())
+        types = token_type_ids is not None and bool(token_type_ids.any())
+        more = {"position_ids": position_ids, "token_type_ids": types, **more}
+        names = [name for name, value in more.items() if value is not None and value is not False]
+        _require(not names, "input", names, "what forward names, position_ids on from the state's")
 
     def _padding(self, attention_mask, x, state, use_cache):
         """(mask (B, T), None where nothing is padding; whether to return a state)."""
@@ -893,13 +883,12 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
         """input_ids (B, T) -> logits (B, T, V); see GooseModel.
 
         `labels` (B, T) are shifted here and -100 is ignored, as in GPT2LMHeadModel; only the last
-        `logits_to_keep` positions, or those of an index tensor, get logits, as `generate` asks.
+        `logits_to_keep` positions (0: all), or those of an index tensor, get logits.
         """
         use_cache = False if use_cache is None and self.training else use_cache
         out = self.goose(input_ids, attention_mask, state, inputs_embeds, use_cache,
                          output_hidden_states, **more)
-        keep = logits_to_keep
-        keep = slice(-keep, None) if isinstance(keep, int) else keep  # 0 keeps all
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])  # (B, T or kept, V)
         loss = None
         if labels is not None:
@@ -933,14 +922,12 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
     _reorder_cache = staticmethod(_GooseState.reorder)
 
     def _expand_inputs_for_generation(self, expand_size=1, **kwargs):
-        """Also the rows of a state that was given; here, since `generate` refuses it by the other
-        name later."""
-        state = _take_state(kwargs)
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, **kwargs)
+        """Also the rows of a state; past_key_values would be refused later, as it is a tuple."""
+        state = _one_state(kwargs.pop("state", None), kwargs.pop("past_key_values", None))
         if state is not None:
             rows = torch.arange(len(state.position)).repeat_interleave(expand_size)
             kwargs["state"] = state.reorder(rows)
-        return input_ids, kwargs
+        return super()._expand_inputs_for_generation(expand_size, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, state=None, attention_mask=None,
                                       use_cache=None, inputs_embeds=None, past_key_values=None,
@@ -964,9 +951,8 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        state = kwargs.pop("state", None)
-        if state is not None:  # under this name beam search reorders it in transformers 5.0 too
-            kwargs["past_key_values"] = state
+        if "state" in kwargs:  # under this name beam search reorders it in transformers 5.0 too
+            kwargs["past_key_values"] = kwargs.pop("state")
         return kwargs
 
 
@@ -1060,21 +1046,16 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _head_is_all(model: nn.Module) -> bool:
-    """Whether a model's logits are what its head makes of the last hidden state, and the head of a
-    Linear its weight alone: no bias, factor or soft cap; found out on a few tokens."""
-    if isinstance(model, GooseForCausalLM):  # by construction; hooks at its spikes see no more
-        return True
-    head, device = model.get_output_embeddings(), next(model.parameters()).device
-    ids = torch.arange(0, model.config.vocab_size, -(-model.config.vocab_size // 4), device=device)
+    """Whether the logits are what the head, of a Linear its weight alone, makes of the last hidden
+    state: no bias, factor or soft cap, as four tokens show."""
+    head, p = model.get_output_embeddings(), next(model.parameters())
+    ids = torch.arange(4, device=p.device)[None] * (model.config.vocab_size // 4)
     with _evaluating(model):
-        logits = model(ids[None], use_cache=False).logits
-        hidden = model.base_model(ids[None], use_cache=False).last_hidden_state
-    if isinstance(head, nn.Linear):
-        made = F.linear(hidden.to(head.weight), head.weight)
-    else:
-        made = head(hidden)
-    error, size = ((made - x).float().abs().max() for x in (logits, 0.0))
-    return bool(error <= max(1e-4, 4 * torch.finfo(hidden.dtype).eps) * size)
+        out, base = model(ids, use_cache=False), model.base_model(ids, use_cache=False)
+    hidden, logits = base.last_hidden_state.to(p.dtype), out.logits
+    made = hidden @ head.weight.t() if isinstance(head, nn.Linear) else head(hidden)
+    close = max(1e-4, 4 * torch.finfo(p.dtype).eps) * logits.abs().max()
+    return bool((made - logits).abs().max() <= close)
 
 
 def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
@@ -1583,24 +1564,23 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
     full = starts[:(len(tokens) - 1) // seq_len]
     groups = [full[i:i + batch_size] for i in range(0, len(full), batch_size)]
     groups += [starts[-1:]] * (len(starts) > len(full))
-    device, head = next(model.parameters()).device, model.get_output_embeddings()
+    plain = isinstance(model, GooseForCausalLM) or _head_is_all(model)  # hooks see no such pass
+    head = model.get_output_embeddings() if plain else nn.Identity()  # of the model's own logits
+    device = next(model.parameters()).device
     hidden = description is None or int(os.environ.get("RANK", 0)) > 0
-    window, count, plain = [], [], _head_is_all(model)
+    window, count = [], []
     with _evaluating(model):
         for group in tqdm(groups, description, unit="batch", mininterval=1.0, disable=hidden):
             rows = np.stack([tokens[s:s + seq_len + 1].astype(np.int64) for s in group])
             rows = torch.from_numpy(rows).to(device)
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                if plain:
-                    out = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
-                else:  # what follows the head, if it is one, is the model's own affair
-                    out = model(rows[:, :-1], use_cache=False).logits
-                if plain and isinstance(head, nn.Linear):
+                out = (model.base_model if plain else model)(rows[:, :-1], use_cache=False)
+                out = out.last_hidden_state if plain else out.logits
+                if isinstance(head, nn.Linear):
                     nll = _nll(out, head.weight, rows[:, 1:])  # (B, T)
                 else:  # a head in int8 or fed by spikes has no weight to share out
-                    scores = map(head, out) if plain else out
-                    nll = torch.stack([F.cross_entropy(z.float(), y, reduction="none")
-                                       for z, y in zip(scores, rows[:, 1:])])
+                    nll = torch.stack([F.cross_entropy(head(h).float(), y, reduction="none")
+                                       for h, y in zip(out, rows[:, 1:])])
             window += nll.double().sum(1).tolist()
             count += [nll.shape[1]] * len(group)
     window, count = np.array(window), np.array(count)
@@ -3429,8 +3409,7 @@ def _to_int8(model: nn.Module, linears: list[str], embeddings: list[str]) -> Non
     plan |= {name: ao.float_qparams_weight_only_qconfig for name in embeddings}
     with warnings.catch_warnings():  # a notice of deprecation at each call
         warnings.simplefilter("ignore")
-        model = model.float() if plan else model  # in place: what int8 stands beside is fp32
-        ao.quantize_dynamic(model, plan, inplace=True)
+        ao.quantize_dynamic(model.float() if plan else model, plan, inplace=True)  # beside fp32
     for name in embeddings:  # its kernel takes no other indices
         model.get_submodule(name).register_forward_pre_hook(lambda _m, args: args[0].contiguous())
 
