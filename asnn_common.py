@@ -1002,6 +1002,7 @@ LOGIT_ROWS = 192  # of a chunk at least: at V = 50257 a CPU takes three times as
 def _blocks(model: nn.Module) -> nn.ModuleList:
     """The list of blocks of a causal language model. ValueError for an unknown architecture."""
     base = getattr(model, "base_model", None)
+    base = getattr(base, "decoder", base)  # of OPT
     for name in ("blocks", "h", "layers"):
         if hasattr(base, name):
             return getattr(base, name)
@@ -1390,7 +1391,7 @@ class Distiller(nn.Module):
         self._head = teacher.eval().requires_grad_(False).get_output_embeddings().weight.detach()
         if recipe.spike_kind != "dense" and (recipe.rate_weight or recipe.spike_align_weight):
             self._watch = self._undo.enter_context(_SpikeWatch(student))
-        ours, theirs = len(_blocks(student)), len(_blocks(teacher))
+        ours, theirs = len(_blocks(student)), teacher.config.num_hidden_layers
         if recipe.align_steps or recipe.spike_align_weight:
             self._ends = _span_ends(ours, theirs)
         if recipe.fdd != "none" or recipe.hidden_weight:
@@ -1442,7 +1443,7 @@ class Distiller(nn.Module):
         """input_ids, labels (B, T) -> loss and its terms, unweighted, `tau` and `lambda` too."""
         recipe, teacher, theirs, known = self.recipe, self.teacher, {}, None
         if teacher is not None:
-            layers = {0, *self._ends, *(t for _, t in self._pairs)}
+            layers = {*self._ends, *(t for _, t in self._pairs)} | ({0} if self._ends else set())
             ids = input_ids.to(next(teacher.parameters()).device)
             with torch.no_grad(), _capture_blocks(teacher, layers) as theirs:
                 known = teacher.base_model(ids, use_cache=False).last_hidden_state
@@ -2028,6 +2029,7 @@ class Recipe:
         _require(not unknown, "field of a recipe", unknown, known)
 
         def freeze(x: Any) -> Any:
+            x = str(x) if isinstance(x, Path) else x
             return tuple(map(freeze, x)) if isinstance(x, (list, tuple)) else x
 
         return dataclasses.replace(self, **{k: freeze(v) for k, v in overrides.items()})
@@ -2252,11 +2254,12 @@ WIKITEXT = {"wikitext-2": "wikitext-2-raw-v1", "wikitext-103": "wikitext-103-raw
 class _HubUnavailable(RuntimeError):
     """A corpus or teacher could not be fetched; the message names the ways on."""
 
-    def __init__(self, what: str, error: Exception):
+    def __init__(self, what: str, error: Exception, near: Path | None = None):
         online = ("switch on Settings > Internet (once the phone number of the account is "
                   "verified), or " if _platform() == "kaggle" else "")
+        there = f"; {near} is attached, which has another name or lacks files" if near else ""
         super().__init__(f"{what} could not be fetched from the Hugging Face hub "
-                         f"({_first_line(error)[:120]}): {online}attach it as a Kaggle dataset or "
+                         f"({_first_line(error)[:120]}){there}: {online}attach it as a dataset or "
                          "model, or give a folder that holds it, or use corpus='pydocs' with "
                          "teacher='train', which need no download.")
 
@@ -2281,12 +2284,26 @@ def _reference_task() -> Path:
 
 def _attached(accept: Callable[[Path], bool], depth: int = 7) -> Iterator[Path]:
     """Folders of ASNN_INPUTS and Kaggle's inputs and those below that `accept` takes, shallow ones
-    first: inputs appear at changing depths."""
+    first: inputs appear at changing depths. What may not be read is passed over."""
+    def inside(folder: Path) -> list[Path]:
+        with contextlib.suppress(OSError):
+            return [Path(entry) for entry in os.scandir(folder) if os.path.isdir(entry)
+                    and os.access(entry, os.R_OK | os.X_OK)]
+        return []
+
     roots = (*os.environ.get("ASNN_INPUTS", "").split(os.pathsep), "/kaggle/input")
     level = [Path(root) for root in roots if root and Path(root).is_dir()]
     for _ in range(depth):
         yield from filter(accept, sorted(level))
-        level = [child for folder in level for child in folder.iterdir() if child.is_dir()]
+        level = [child for folder in level for child in inside(folder)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} for one that is missing, cut off or something else."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _write_atomically(path: Path, content: str) -> None:
@@ -2361,10 +2378,37 @@ def _load_corpus(name: str, max_chars: int | None = None) -> _Corpus:
         return _pydocs(max_chars)
     if name in WIKITEXT:
         return _wikitext(name)
-    folder = _reference_task() / "corpus" if name == "ref" else Path(name)
+    folder = _reference_task() / "corpus" if name == "ref" else Path(name).expanduser()
     _require(name == "ref" or folder.is_dir(), "corpus", name,
              f"pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists")
     return _Corpus.read(Path(name).name, folder)
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """{split: its files} of a folder that has all three splits, under any of their usual names:
+    train.txt, wiki.valid.raw, test-00000-of-00001.parquet, validation.csv; else {}."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.*")):
+        name = re.fullmatch(r"(?:wiki\.)?(train|valid|validation|test)(?:-\d+-of-\d+)?"
+                            r"\.(?:txt|raw|tokens|csv|parquet)", path.name)
+        if name:
+            split = "validation" if name[1] == "valid" else name[1]
+            found.setdefault(split, []).append(path)
+    return found if len(found) == len(SPLITS) else {}
+
+
+def _read_split(files: list[Path]) -> str:
+    """The text of a split's files; tables have it in a column `text`."""
+    import pandas
+    parts = []
+    for path in files:
+        if path.suffix == ".csv":
+            parts += pandas.read_csv(path, keep_default_na=False)["text"].tolist()
+        elif path.suffix == ".parquet":
+            parts += pandas.read_parquet(path)["text"].tolist()
+        else:
+            parts.append(path.read_text(encoding="utf-8"))
+    return "".join(parts)
 
 
 # The string that opens a file or follows a line ending in a colon. Parsing 9,600 files properly
@@ -2426,30 +2470,31 @@ def _pydocs(max_chars: int | None) -> _Corpus:
 
 
 def _wikitext(name: str) -> _Corpus:
-    """WikiText raw as the hub's parquet files or as three text files, attached or fetched."""
-    folder, config = _cache_folder() / "corpora" / name, WIKITEXT[name]
-
-    def holds(path: Path, kind: str) -> bool:
-        named = config in path.as_posix() or kind == ".txt" and name in path.name
-        return named and all(any(path.glob(f"{split}{kind}")) for split in SPLITS)
-
+    """WikiText raw, attached in a folder of its name or fetched. Raises ValueError for an attached
+    one that cannot be read or is the tokenised variant, _HubUnavailable where there is none."""
+    folder, config, size = _cache_folder() / "corpora" / name, WIKITEXT[name], name.split("-")[1]
     if folder.is_dir():
         return _Corpus.read(name, folder)
-    for path in _attached(lambda path: holds(path, ".txt")):
-        return _Corpus.read(name, path)
-    parquet = next(_attached(lambda path: holds(path, "*.parquet")), None)
-    import datasets
-    import pandas
+    known = rf"(.*/)?wikitext-?{size}(-raw)?(-raw-v1|-data)?(/data)?"
+    attached = next(_attached(lambda path: bool(
+        re.fullmatch(known, path.as_posix()) and _split_files(path))), None)
+    near = next(_attached(lambda path: "wikitext" in path.as_posix() and any(path.glob("*.*"))),
+                None)
     try:
-        data = {split: pandas.concat(map(pandas.read_parquet, sorted(parquet.glob(f"{split}*"))))
-                for split in SPLITS} if parquet else (
-                    datasets.load_dataset("Salesforce/wikitext", config))
+        if attached:
+            texts = {split: _read_split(paths) for split, paths in _split_files(attached).items()}
+        else:
+            import datasets
+            data = datasets.load_dataset("Salesforce/wikitext", config)
+            texts = {split: "".join(data[split]["text"]) for split in SPLITS}
     except Exception as error:  # the hub client raises a dozen unrelated types without a network
-        if parquet:
-            raise ValueError(f"attached corpus {parquet} cannot be read: "
+        if attached:
+            raise ValueError(f"attached corpus {attached} cannot be read: "
                              f"{_first_line(error)}") from error
-        raise _HubUnavailable(name, error) from error
-    return _Corpus.read(name, folder, {split: "".join(data[split]["text"]) for split in SPLITS})
+        raise _HubUnavailable(name, error, near) from error
+    _require("<unk>" not in texts["train"], f"attached corpus {attached}", "the tokenised variant, "
+             "with <unk>", "the raw one")
+    return _Corpus.read(name, folder, {split: texts[split] for split in SPLITS})
 
 
 def _train_tokenizer(corpus: _Corpus, vocab_size: int) -> Any:
@@ -2482,6 +2527,8 @@ def _tokenize_corpus(corpus: _Corpus, tokenizer: Any, seq_len: int = 1) -> dict[
     Documents are separated by the end-of-text token where the corpus has it; nothing is added.
     Raises ValueError for a split that is shorter than a window and the token after it."""
     backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # of a file that was saved after use; it would cut the corpus
+    backend.no_padding()
     folder = _cache_folder() / "tokens" / _content_hash("tokens 1", corpus.hash, backend.to_str())
     if not folder.is_dir():
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
@@ -2519,12 +2566,21 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
     ASNN_REF. An attached folder named like the last part of the id, or one below it, is taken
     before the hub is asked. Raises ValueError for a folder that cannot be loaded, weights that are
     not finite or a tokenizer of another vocabulary, _HubUnavailable for an id out of reach."""
-    source: Any = _reference_task() / "teacher" if spec == "ref" else Path(spec)
-    name = source.name if source.is_dir() else spec
+    source: Any = _reference_task() / "teacher" if spec == "ref" else Path(spec).expanduser()
+    name, near = source.name if source.is_dir() else spec, None
     if not source.is_dir():
-        last = spec.split("/")[-1].lower()
-        source = next(_attached(lambda p: last in p.as_posix().lower().split("/") and any(
-            p.glob("*.safetensors")) and (p / "config.json").is_file()), spec)
+        last, below = spec.split("/")[-1].lower(), r"transformers|pytorch|default|snapshots|main"
+        known = (rf"(.*/)?(models--)?([\w.-]+--)?{re.escape(last)}(-pytorch)?"
+                 rf"(/({below}|\d+|[0-9a-f]{{7,40}}))*")
+
+        def holds_a_model(path: Path) -> bool:
+            return (path / "config.json").is_file() and any(
+                file.suffix in (".safetensors", ".bin") for file in path.glob("*model*"))
+
+        source = next(_attached(lambda path: bool(re.fullmatch(known, path.as_posix().lower()))
+                                and holds_a_model(path)), spec)
+        near = next(_attached(lambda path: last in path.as_posix().lower()
+                              and any(path.glob("*.json"))), None)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -2534,7 +2590,11 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
             raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}; it "
                              "needs a causal language model (config.json and whole weights) and a "
                              "tokenizer.") from error
-        raise _HubUnavailable(f"teacher {spec!r}", error) from error
+        raise _HubUnavailable(f"teacher {spec!r}", error, near) from error
+    _require(not getattr(model, "_hf_peft_config_loaded", False), "teacher", name,
+             "a whole model; merge an adapter into its base first, by peft's merge_and_unload")
+    _require(hasattr(tokenizer, "backend_tokenizer"), f"tokenizer of teacher {name}",
+             type(tokenizer).__name__, "one of the library tokenizers, which has a tokenizer.json")
     for module in model.modules():
         if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
             module.act = nn.GELU(approximate="tanh")  # the same function, one kernel, not eight
@@ -3033,7 +3093,7 @@ def _train_teacher(recipe: Recipe, corpus: _Corpus) -> tuple[nn.Module, Any, str
         shutil.rmtree(work, ignore_errors=True)
     model, tokenizer, _ = _load_teacher(str(folder))
     name = f"gpt2-{recipe.teacher_layers}x{recipe.teacher_width}-{corpus.name}-{key[:6]}"
-    return model, tokenizer, name, json.loads((folder / "training.json").read_text())
+    return model, tokenizer, name, _read_json(folder / "training.json")
 
 
 @dataclass(frozen=True)
@@ -3088,7 +3148,8 @@ class Task:
         recipe = recipe or self.recipe
         set_seed(recipe.seed)
         source, theirs = self.teacher.get_input_embeddings().weight, self.teacher.config
-        marks = {f: getattr(theirs, f) for f in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        names = "bos_token_id", "eos_token_id", "pad_token_id"
+        marks = {name: getattr(theirs, name, None) for name in names}
         student = GooseForCausalLM(recipe.student_config(source.shape[0], **marks))
         if recipe.weights_from_teacher:
             transfer_weights(student, self.teacher, recipe.output_scale)
@@ -3148,7 +3209,7 @@ class Task:
 def _match_teacher(recipe: Recipe, teacher: nn.Module, name: str) -> tuple[Recipe, list[str]]:
     """The recipe with what the teacher at hand does not allow changed, and a sentence for each
     change. Raises ValueError when the teacher's positions end before the recipe's windows do."""
-    config, layers, changes = teacher.config, len(_blocks(teacher)), {}
+    config, layers, changes = teacher.config, teacher.config.num_hidden_layers, {}
     positions = getattr(config, "max_position_embeddings", recipe.seq_len)
     _require(recipe.seq_len <= positions, "seq_len", recipe.seq_len,
              f"at most the {positions} positions of teacher {name}")
@@ -3659,6 +3720,8 @@ def show_table(rows: Iterable[dict[str, Any]], prose: bool = False) -> None:
     cells hold long texts, which get columns of one width, or lines of their own."""
     import pandas
     frame = pandas.DataFrame(list(rows))
+    if "reconfigure" in dir(sys.stdout):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may know no plus-minus sign
     if "ipykernel" in sys.modules:
         from IPython.display import display
         wide = {"text-align": "left", "white-space": "pre-wrap", "vertical-align": "top",
@@ -3694,8 +3757,8 @@ class Run:
 
         def unfinished(folder: Path) -> bool:  # `left`: what is still measured of a saved student
             config, metrics = folder / "config.json", folder / "metrics.json"
-            same = config.is_file() and config.read_text() == text
-            return same and (not metrics.exists() or "left" in json.loads(metrics.read_text()))
+            same = config.is_file() and config.read_text(encoding="utf-8") == text
+            return same and (not metrics.exists() or "left" in _read_json(metrics))
 
         with _main_process_first():  # the others resume the folder that it made
             for number in itertools.count(1):
@@ -3723,8 +3786,8 @@ class Run:
     def finished() -> list[dict[str, Any]]:
         """The metrics of every finished training below the outputs, oldest first."""
         files = sorted(_outputs_folder().glob("*/*/metrics.json"), key=lambda p: p.stat().st_mtime)
-        found = [json.loads(path.read_text()) for path in files]
-        return [metrics for metrics in found if "training" in metrics]
+        ours = {"version", "run", "corpus", "teacher", "student", "gap", "training", "environment"}
+        return [metrics for metrics in map(_read_json, files) if ours <= metrics.keys()]
 
     def show(self, figure: Any, name: str) -> None:
         """Saves a matplotlib figure as figures/<name>.png and .svg, shows it where a notebook is
@@ -3861,7 +3924,7 @@ def _gate_status(student: GooseForCausalLM) -> tuple[bool, str]:
     if not files:
         return False, "ungated: no gate.json was found; run the v15 notebook first"
     files.sort(key=lambda path: -path.stat().st_mtime)
-    gates = [json.loads(path.read_text()) for path in files]
+    gates = [gate for gate in map(_read_json, files) if {"student", "metrics"} <= gate.keys()]
     gates += [gate["other"] for gate in gates if gate.get("other")]  # before or after a remedy
     gate = next((gate for gate in gates if gate["student"] == student.content_hash()), None)
     if gate is None:
@@ -3880,11 +3943,11 @@ def _find_run(name: str | None, without: tuple[str, ...], sites: tuple[str, ...]
     Raises ValueError for a name that belongs to no finished run, listing those there are."""
     def left_a_student(path: Path) -> bool:
         parts = ("config.json", "metrics.json", "student/config.json")
-        return all((path / part).is_file() for part in parts)
+        return all(_read_json(path / part) for part in parts)
 
     def fits(path: Path) -> bool:
-        config = json.loads((path / "student" / "config.json").read_text())
-        return path.parent.name not in without and {*sites} <= {*config["spike_sites"]}
+        spiking = _read_json(path / "student" / "config.json").get("spike_sites", ())
+        return path.parent.name not in without and {*sites} <= {*spiking}
 
     def age(path: Path) -> tuple[float, list[int]]:  # attached files may be equally old
         numbers = [int(part) for part in re.findall(r"\d+", path.parent.name)]
@@ -3904,7 +3967,7 @@ def _find_run(name: str | None, without: tuple[str, ...], sites: tuple[str, ...]
 def _load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, dict[str, Any]]:
     """(student, recipe, metrics) of a finished run, one of an earlier version included: fields that
     are no longer known are left out, with a line. Raises ValueError for a damaged student."""
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     given, profile = settings["recipe"], settings.get("profile")
     if isinstance(profile, dict):  # of before version 18
         given = {**profile, **given, "profile": profile["name"], "corpus": profile["corpus"],
@@ -3922,7 +3985,7 @@ def _load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, dict[str, Any]]:
         raise ValueError(f"{what} cannot be loaded: {_first_line(error)}; it needs config.json and "
                          "whole weights.") from error
     _check_weights(student, what, info)
-    return student.eval(), recipe, json.loads((folder / "metrics.json").read_text())
+    return student.eval(), recipe, json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
