@@ -140,8 +140,7 @@ def test_a_run_in_fp32_is_that_of_the_cpu(train, monkeypatch, name):
     monkeypatch.setattr(asnn, "_select_precision", lambda *_: ("fp32", "asked for"))
     curves = []
     for device in ("cuda", "cpu"):
-        here = torch.device(device), "asked for"
-        monkeypatch.setattr(asnn, "_select_device", lambda here=here: here)
+        monkeypatch.setattr(asnn, "_select_device", lambda d=device: (torch.device(d), "asked"))
         curves.append(losses(train(name, distill_steps=10)[1]))
     assert len(curves[0]) == 10 and np.allclose(*curves, rtol=2e-3)
 
