@@ -278,8 +278,8 @@ def test_the_pages_run(tmp_path_factory, cache, name):
     folder.mkdir(exist_ok=True)
     source = (ROOT / "notebooks" / f"{name}.py").read_text()
     for key, value in PAGES[name].items():
-        source, found = re.subn(rf"(?m)^{key} = [^#\n]*", f"{key} = {value!r}  ", source)
-        assert found == 1, key
+        source, found = re.subn(rf"(?m)^{key} = [^#\n]*", f"{key} = {value!r}  ", source, count=1)
+        assert found, key
     (folder / f"{name}.py").write_text(source)
     known = set(folder.glob("outputs/*/*/metrics.json"))
     done = subprocess.run([sys.executable, folder / f"{name}.py"], cwd=folder, text=True, env={
