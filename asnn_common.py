@@ -1056,7 +1056,8 @@ def _head_is_all(model: nn.Module) -> bool:
     hidden, logits = base.last_hidden_state.to(p.dtype), out.logits
     made = hidden @ head.weight.t() if isinstance(head, nn.Linear) else head(hidden)
     close = max(1e-4, 4 * torch.finfo(p.dtype).eps) * logits.abs().max()
-    return bool((made - logits).abs().max() <= close)
+    # Weights that are not finite are for others to refuse.
+    return not bool((made - logits).abs().max() > close)
 
 
 def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
@@ -2259,8 +2260,8 @@ class _HubUnavailable(RuntimeError):
                   "verified), or " if _platform() == "kaggle" else "")
         there = f"; {near} is attached, which has another name or lacks files" if near else ""
         super().__init__(f"{what} could not be fetched from the Hugging Face hub "
-                         f"({_first_line(error)[:120]}){there}: {online}attach it as a dataset or "
-                         "model, or give a folder that holds it, or use corpus='pydocs' with "
+                         f"({_first_line(error)[:120]}){there}: {online}attach it as a Kaggle "
+                         "dataset or model, or give a folder that holds it, or use corpus='pydocs' with "
                          "teacher='train', which need no download.")
 
 
@@ -2999,6 +3000,10 @@ class DistillationTrainer(Trainer, TrainerCallback):
         if self.args.should_save:
             rows = (json.dumps(row) + "\n" for row in self.state.log_history)
             _write_atomically(self.folder / "log.jsonl", "".join(rows))
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # else one of fp16 goes on on a card or CPU without
+            super()._load_scaler(checkpoint)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint in the folder that is whole: a save that was killed is not."""
@@ -3943,7 +3948,8 @@ def _find_run(name: str | None, without: tuple[str, ...], sites: tuple[str, ...]
     Raises ValueError for a name that belongs to no finished run, listing those there are."""
     def left_a_student(path: Path) -> bool:
         parts = ("config.json", "metrics.json", "student/config.json")
-        return all(_read_json(path / part) for part in parts)
+        there = all((path / part).is_file() for part in parts)
+        return there and "recipe" in _read_json(path / "config.json")
 
     def fits(path: Path) -> bool:
         spiking = _read_json(path / "student" / "config.json").get("spike_sites", ())
