@@ -2261,8 +2261,8 @@ class _HubUnavailable(RuntimeError):
         there = f"; {near} is attached, which has another name or lacks files" if near else ""
         super().__init__(f"{what} could not be fetched from the Hugging Face hub "
                          f"({_first_line(error)[:120]}){there}: {online}attach it as a Kaggle "
-                         "dataset or model, or give a folder that holds it, or use corpus='pydocs' with "
-                         "teacher='train', which need no download.")
+                         "dataset or model, or give a folder that holds it, or use corpus='pydocs' "
+                         "with teacher='train', which need no download.")
 
 
 def _cache_folder() -> Path:
@@ -2854,7 +2854,8 @@ class DistillationTrainer(Trainer, TrainerCallback):
         args._n_gpu = 1  # two visible GPUs would make Trainer use DataParallel
         super().__init__(model=objective, args=args, train_dataset=windows, callbacks=[self])
         self.remove_callback(PrinterCallback)
-        if type(self.accelerator.scaler) is torch.amp.GradScaler:
+        scaler = self.accelerator.scaler
+        if type(scaler) is torch.amp.GradScaler and scaler.get_scale() > 2.0**11:
             # From its usual 65536 it would leave out the whole alignment of a short run.
             self.accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**11)
         shared = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -43,7 +43,7 @@ HISTORY = {
     "v14.4-sites": (None, "", {"spike_sites": asnn.SITES[:-1], "rate_weight": 0.0}),
     "v14.4-rates": (None, "", {"rate_weight": 10.0, "state_kind": "delta"}),
     "v14.4-vector": (None, "", {"state_kind": "vector", "weights_from_teacher": True}),
-    "v14.4-t4": (None, "", {"corpus": "wikitext-103", "max_hours": 6.0, "seq_len": 512,
+    "v14.4-t4": (None, "", {"corpus": "wikitext-103", "max_hours": 11.0, "seq_len": 512,
                             "grad_accum": 4, "distill_steps": 12_000, "align_steps": 2000}),
 }
 V14_3 = {
@@ -161,7 +161,7 @@ def test_the_layer_map_is_spread_over_the_depths(profile, name):
     students, teachers = zip(*scaled.layer_map)
     assert students[0] == 0 and students[-1] == scaled.n_layer - 1
     assert list(teachers) == sorted(teachers) and teachers[-1] == scaled.teacher_layers - 1
-    assert (scaled.max_hours == 6.0) == ((name, profile) == ("v14.4-t4", "t4"))
+    assert (scaled.max_hours == 11.0) == ((name, profile) == ("v14.4-t4", "t4"))
     for student, teacher, expected in (
             (5, 12, {0: 2, 2: 7, 4: 11}), (3, 6, {0: 1, 1: 3, 2: 5}), (1, 6, {0: 5}),
             (6, 2, {0: 0, 2: 0, 5: 1})):

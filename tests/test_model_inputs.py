@@ -137,9 +137,9 @@ def test_a_student_of_two_bytes_a_weight_can_be_measured_and_made_sparse(ids, st
     model = build(student).to(dtype)
     assert generate(model, ids, max_new_tokens=3).shape == (2, 15)
     measured = asnn.evaluate(model, ids.flatten().numpy(), 8).nll
-    plans = [("gather", "dense"), ("gather_int8", "int8"), ("linear", "spikes")]
-    copies = [asnn.sparsify(model, way, head, "int8" if head == "int8" else "dense")
-              for way, head in plans] if "all sites" in student else []
+    plans = [("gather", "dense", "dense"), ("gather_int8", "int8", "int8"),
+             ("linear", "spikes", "dense")] * ("all sites" in student)
+    copies = [asnn.sparsify(model, *plan) for plan in plans]
     for copied in (*copies, asnn.quantize_int8(model), asnn.quantize_int8(model, True)):
         assert asnn.evaluate(copied, ids.flatten().numpy(), 8).nll == pytest.approx(measured, 0.2)
         generate(copied, ids, max_new_tokens=2)

@@ -38,9 +38,18 @@ import math, torch
 import asnn_common as asnn
 small = {"distill_steps": 3, "align_steps": 1, "eval_every": 2, "teacher_steps": 2}
 task = asnn.load_task(asnn.get_recipe("v14.4-rates", "tiny", **small))
+
+
+class Scaled(asnn.DistillationTrainer):  # a GradScaler that starts at 65536 skips all three steps
+    def run(self):
+        scaler = self.accelerator.scaler
+        assert scaler is None or scaler.get_scale() == 2.0**11
+        return super().run()
+
+
 for precision in ("fp16", "bf16"):
     recipe = task.recipe.replace(precision=precision)
-    student, result = asnn.distil(task, recipe)
+    student, result = asnn.distil(task, recipe, trainer=Scaled)
     losses = [row["loss"] for row in result.log if "loss" in row]
     assert len(losses) == 3 and all(map(math.isfinite, losses)) and result.skipped == 0
     assert result.finished and result.precision == precision and student.device.index == 0
