@@ -805,7 +805,10 @@ class GooseModel(_GoosePreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        _require(x.numel() > 0, "shape of the input", tuple(x.shape), "a row and a token at least")
+        if x.numel() == 0:
+            hidden = (x,) * (len(self.blocks) + 1) if output_hidden_states else None
+            result = _GooseOutput(last_hidden_state=x, state=state, hidden_states=hidden)
+            return result.to_tuple() if return_dict is False else result
         state = _one_state(state, past_key_values, cache_params)
         mask, use_cache = self._padding(attention_mask, x, state, use_cache)
         counted = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
@@ -2493,8 +2496,8 @@ def _wikitext(name: str) -> _Corpus:
             raise ValueError(f"attached corpus {attached} cannot be read: "
                              f"{_first_line(error)}") from error
         raise _HubUnavailable(name, error, near) from error
-    _require("<unk>" not in texts["train"], f"attached corpus {attached}", "the tokenised variant, "
-             "with <unk>", "the raw one")
+    tokenised = texts["train"].count("<unk>") > len(texts["train"]) // 5000  # 1 word of 1,000
+    _require(not tokenised, f"corpus {attached}", "tokenised, with <unk>", "the raw variant")
     return _Corpus.read(name, folder, {split: texts[split] for split in SPLITS})
 
 
@@ -2570,8 +2573,9 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
     source: Any = _reference_task() / "teacher" if spec == "ref" else Path(spec).expanduser()
     name, near = source.name if source.is_dir() else spec, None
     if not source.is_dir():
-        last, below = spec.split("/")[-1].lower(), r"transformers|pytorch|default|snapshots|main"
-        known = (rf"(.*/)?(models--)?([\w.-]+--)?{re.escape(last)}(-pytorch)?"
+        *owner, last = (re.escape(part) for part in spec.lower().split("/")[-2:])
+        below = r"transformers|pytorch|default|snapshots|main"
+        known = (rf"(.*/)?(models--)?(({''.join(owner) or 'openai-community'})--)?{last}(-pytorch)?"
                  rf"(/({below}|\d+|[0-9a-f]{{7,40}}))*")
 
         def holds_a_model(path: Path) -> bool:
@@ -2580,7 +2584,7 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
 
         source = next(_attached(lambda path: bool(re.fullmatch(known, path.as_posix().lower()))
                                 and holds_a_model(path)), spec)
-        near = next(_attached(lambda path: last in path.as_posix().lower()
+        near = next(_attached(lambda path: re.search(last, path.as_posix().lower())
                               and any(path.glob("*.json"))), None)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -3930,8 +3934,9 @@ def _gate_status(student: GooseForCausalLM) -> tuple[bool, str]:
     if not files:
         return False, "ungated: no gate.json was found; run the v15 notebook first"
     files.sort(key=lambda path: -path.stat().st_mtime)
-    gates = [gate for gate in map(_read_json, files) if {"student", "metrics"} <= gate.keys()]
+    gates = [*map(_read_json, files)]
     gates += [gate["other"] for gate in gates if gate.get("other")]  # before or after a remedy
+    gates = [gate for gate in gates if {"student", "metrics", "tokens"} <= {*gate}]
     gate = next((gate for gate in gates if gate["student"] == student.content_hash()), None)
     if gate is None:
         return False, "ungated: the gates that were found are of other students"
@@ -3949,7 +3954,7 @@ def _find_run(name: str | None, without: tuple[str, ...], sites: tuple[str, ...]
     Raises ValueError for a name that belongs to no finished run, listing those there are."""
     def left_a_student(path: Path) -> bool:
         parts = ("config.json", "metrics.json", "student/config.json")
-        there = all((path / part).is_file() for part in parts)
+        there = all(os.path.isfile(path / part) for part in parts)
         return there and "recipe" in _read_json(path / "config.json")
 
     def fits(path: Path) -> bool:

@@ -94,8 +94,8 @@ def test_another_corpus_with_such_a_name_is_named_and_not_taken(inputs, path):
 
 
 def test_the_tokenised_wikitext_is_refused(inputs):
-    write(inputs / "wikitext-2", lambda split: f"wiki.{short(split)}.tokens", "<unk> ")
-    with pytest.raises(ValueError, match="wikitext-2 is 'the tokenised variant.*allowed: the raw"):
+    write(inputs / "wikitext-2", lambda split: f"wiki.{short(split)}.tokens", 50 * "<unk> ")
+    with pytest.raises(ValueError, match="wikitext-2 is 'tokenised, with <unk>'; allowed: the raw"):
         asnn._load_corpus("wikitext-2")
 
 
@@ -103,6 +103,7 @@ def test_the_tokenised_wikitext_is_refused(inputs):
     ("gpt2", "hub/models--gpt2/snapshots/607a30d", True), ("gpt2", "gpt2-pytorch", True),
     ("gpt2", "gpt2/transformers/default/1", True), ("openai-community/gpt2", "gpt2", True),
     ("gpt2", "hub/models--openai-community--gpt2/snapshots/607a30d", True),
+    ("gpt2", "hub/models--stranger--gpt2/snapshots/607a30d", False),
     ("gpt2", "gpt2/gpt2-medium", False), ("gpt2", "gpt2/distilgpt2", False),
     ("openai-community/gpt2", "gpt2/gpt2-finetuned-poems", False)])
 def test_a_teacher_is_known_by_whole_names(inputs, corpus, monkeypatch, asked, path, found):
