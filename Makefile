@@ -1,8 +1,8 @@
 # PYTHON makes .venv (3.11 to 3.13): PYTHON=python3.12 make run. Everything else runs inside .venv.
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
-INSTALL := $(VENV_PYTHON) -m pip install -qq --no-input --disable-pip-version-check \
-	-c .ci/constraints.txt
+PIP := -m pip install -qq --no-input --disable-pip-version-check
+INSTALL := $(VENV_PYTHON) $(PIP) -c .ci/constraints.txt
 CPU_TORCH := --no-deps --extra-index-url https://download.pytorch.org/whl/cpu
 
 # Waiting threads soon give up: spinning ones slow each other tenfold when programs share few cores.
@@ -34,10 +34,12 @@ run: env  ## run the notebooks in order as programs (some: make run NAMES="v15 v
 	@$(VENV_PYTHON) .ci/pages.py run $(NAMES)
 
 # The tests' cache and outputs are their own; MPLBACKEND would keep figures out of pages.
-test: env  ## run all tests (some: make test ARGS="tests -k name")
-	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
+TESTS = folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
 	env -u MPLBACKEND ASNN_PROFILE=tiny ASNN_CACHE="$$folder/cache" ASNN_OUTPUTS="$$folder/outputs" \
 		PYTHONPATH="$(CURDIR)" $(VENV_PYTHON) -m pytest $(ARGS)
+
+test: env  ## run all tests (some: make test ARGS="tests -k name")
+	@$(TESTS)
 
 # The images of Kaggle and Colab, August 2026, by their own lists; torch is there a build for CUDA.
 IMAGES := kaggle colab
@@ -60,14 +62,14 @@ TOOLS := 'papermill>=2.5' 'pytest>=8' 'nbval>=0.11' 'lm-eval>=0.4.10' 'tabulate>
 images: $(IMAGES:%=image-%)  ## test with the versions of Kaggle and Colab (7 GB each, on request)
 
 # A Python is looked for on PATH, then among pyenv's; without one the image is left out.
+image-%: VENV_PYTHON = .venv-$*/bin/python
 image-%:
 	@for python in $(PYTHON_$*) "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/$(PYTHON_$*); do \
 		"$$python" -c '' 2>/dev/null && break || python=; done; \
 	if [ -z "$$python" ]; then echo "$* left out: there is no $(PYTHON_$*)"; exit 0; fi; \
 	test -e .venv-$*/stamp || { "$$python" -m venv --clear .venv-$* && \
-		.venv-$*/bin/python -m pip install -qq --no-input --disable-pip-version-check \
-		$(PINS_$*) $(TOOLS) && touch .venv-$*/stamp; } && \
-	$(MAKE) test VENV_PYTHON=.venv-$*/bin/python
+		$(VENV_PYTHON) $(PIP) $(PINS_$*) $(TOOLS) && touch .venv-$*/stamp; } && \
+	$(TESTS)
 
 notebooks: env  ## build the .ipynb files with outputs (some: make notebooks NAMES=v15)
 	@$(VENV_PYTHON) .ci/pages.py build $(NAMES)

@@ -805,11 +805,11 @@ class GooseModel(_GoosePreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        state = _one_state(state, past_key_values, cache_params)
         if x.numel() == 0:
             hidden = (x,) * (len(self.blocks) + 1) if output_hidden_states else None
             result = _GooseOutput(last_hidden_state=x, state=state, hidden_states=hidden)
             return result.to_tuple() if return_dict is False else result
-        state = _one_state(state, past_key_values, cache_params)
         mask, use_cache = self._padding(attention_mask, x, state, use_cache)
         counted = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
         seen = counted.cumsum(1)  # (B, T)
@@ -2482,8 +2482,6 @@ def _wikitext(name: str) -> _Corpus:
     known = rf"(.*/)?wikitext-?{size}(-raw)?(-raw-v1|-data)?(/data)?"
     attached = next(_attached(lambda path: bool(
         re.fullmatch(known, path.as_posix()) and _split_files(path))), None)
-    near = next(_attached(lambda path: "wikitext" in path.as_posix() and any(path.glob("*.*"))),
-                None)
     try:
         if attached:
             texts = {split: _read_split(paths) for split, paths in _split_files(attached).items()}
@@ -2495,7 +2493,8 @@ def _wikitext(name: str) -> _Corpus:
         if attached:
             raise ValueError(f"attached corpus {attached} cannot be read: "
                              f"{_first_line(error)}") from error
-        raise _HubUnavailable(name, error, near) from error
+        near = _attached(lambda path: "wikitext" in path.as_posix() and any(path.glob("*.*")))
+        raise _HubUnavailable(name, error, next(near, None)) from error
     tokenised = texts["train"].count("<unk>") > len(texts["train"]) // 5000  # 1 word of 1,000
     _require(not tokenised, f"corpus {attached}", "tokenised, with <unk>", "the raw variant")
     return _Corpus.read(name, folder, {split: texts[split] for split in SPLITS})
@@ -2571,7 +2570,7 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
     before the hub is asked. Raises ValueError for a folder that cannot be loaded, weights that are
     not finite or a tokenizer of another vocabulary, _HubUnavailable for an id out of reach."""
     source: Any = _reference_task() / "teacher" if spec == "ref" else Path(spec).expanduser()
-    name, near = source.name if source.is_dir() else spec, None
+    name = source.name if source.is_dir() else spec
     if not source.is_dir():
         *owner, last = (re.escape(part) for part in spec.lower().split("/")[-2:])
         below = r"transformers|pytorch|default|snapshots|main"
@@ -2584,8 +2583,6 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
 
         source = next(_attached(lambda path: bool(re.fullmatch(known, path.as_posix().lower()))
                                 and holds_a_model(path)), spec)
-        near = next(_attached(lambda path: re.search(last, path.as_posix().lower())
-                              and any(path.glob("*.json"))), None)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -2595,7 +2592,9 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
             raise ValueError(f"teacher folder {source} cannot be loaded: {_first_line(error)}; it "
                              "needs a causal language model (config.json and whole weights) and a "
                              "tokenizer.") from error
-        raise _HubUnavailable(f"teacher {spec!r}", error, near) from error
+        near = _attached(lambda path: bool(re.search(last, path.as_posix().lower()))
+                         and any(path.glob("*.json")))
+        raise _HubUnavailable(f"teacher {spec!r}", error, next(near, None)) from error
     _require(not getattr(model, "_hf_peft_config_loaded", False), "teacher", name,
              "a whole model; merge an adapter into its base first, by peft's merge_and_unload")
     _require(hasattr(tokenizer, "backend_tokenizer"), f"tokenizer of teacher {name}",

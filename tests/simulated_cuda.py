@@ -193,9 +193,8 @@ def dispatch(func, args, kwargs):
     device = wanted or on_card[0].device
     if wanted is not None:
         kwargs = {**kwargs, "device": torch.device("cpu" if wanted.type == "cuda" else wanted)}
-    if on_card or device.type == "cuda":
-        on_host = [x for x in tensors if not isinstance(x, CudaTensor)]
-        refuse(name, func, args, kwargs, on_card, on_host)
+    on_host = [x for x in tensors if not isinstance(x, CudaTensor)]
+    refuse(name, func, args, kwargs, on_card, on_host)
     if device.type == "cuda" and "generator" in [a.name for a in func._schema.arguments]:
         kwargs = {**kwargs, "generator": generator(device)}
     if name == "_has_compatible_shallow_copy_type":

@@ -152,6 +152,8 @@ def test_no_tokens_give_no_logits_and_a_decay_of_one_has_finite_gradients(ids, s
     for shape in ((1, 0), (0, 5)):
         out = model(torch.zeros(shape, dtype=torch.long), use_cache=True)
         assert out.logits.shape == (*shape, model.config.vocab_size) and out.state is None
+    seen = model(ids, use_cache=True).state
+    assert model(ids[:, :0], past_key_values=seen).state is seen
     for block in model.goose.blocks:
         torch.nn.init.constant_(block.time_mix.decay_logit, 20.0)
     model(ids, labels=ids).loss.backward()
