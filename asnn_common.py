@@ -54,13 +54,13 @@ __version__ = "18.0.0"
 # ==================================================================================================
 
 SITES = ("k", "v", "mix_in", "mix_out", "ffn_in", "ffn_hidden", "head_in")
-ESTIMATORS = ("identity", "clipped")
+ESTIMATORS = ("identity", "clipped", "trust")
 THRESHOLDS = ("token", "mixed_fixed")
 CHOICES = {
     "state_kind": ("vector", "matrix", "delta"), "recurrence": ("chunked", "reference", "cumsum"),
     "decay_init": ("spread", "published"), "mix_init": ("spread", "published"),
     "output_order": ("gate_first", "project_first"), "threshold": THRESHOLDS,
-    "granularity": ("scalar", "channel"), "estimator": ESTIMATORS}
+    "granularity": ("scalar", "channel"), "estimator": ESTIMATORS, "decay": ("constant", "token")}
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -95,7 +95,9 @@ class GooseConfig(PreTrainedConfig):
     projection_bias: a bias in k, v, r and the output. spike_kind: ternary, binary, integer:k, or
     dense, the twin without spikes. spike_sites: k, v and the sites before a Linear where a
     SpikeEncoder of encoder_kind stands: mix_in (k, v, r, gate), mix_out (W_o), ffn_in (W_1),
-    ffn_hidden (W_2), head_in.
+    ffn_hidden (W_2), head_in. spike_steps: trains of spikes at a site, 1 or 2, for all or as
+    {site: trains}. rotated_sites: encoders whose input is rotated. decay: `constant`, or `token`,
+    with a low-rank term of decay_rank from the token (states matrix and delta).
     """
     model_type = "goose"
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer",
@@ -107,7 +109,8 @@ class GooseConfig(PreTrainedConfig):
                  state_kind="vector", head_dim=64, projection_bias=False, recurrence="chunked",
                  decay_init="spread", mix_init="spread", output_order="gate_first",
                  spike_kind="ternary", spike_sites=("k", "v"), encoder_kind="ternary",
-                 threshold="token", granularity="scalar", estimator="clipped", use_cache=True,
+                 threshold="token", granularity="scalar", estimator="clipped", spike_steps=1,
+                 rotated_sites=(), decay="constant", decay_rank=32, use_cache=True,
                  tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
                  **kwargs):
         values = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
@@ -121,6 +124,9 @@ class GooseConfig(PreTrainedConfig):
         self._check()
         self.ffn_width = ffn_width or 4 * d_model
         self.spike_sites = [site for site in SITES if site in spike_sites]
+        self.rotated_sites = [site for site in SITES if site in rotated_sites]
+        if isinstance(spike_steps, dict):
+            self.spike_steps = {site: spike_steps[site] for site in SITES if site in spike_steps}
         super().__init__(tie_word_embeddings=tie_word_embeddings, bos_token_id=bos_token_id,
                          eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
 
@@ -135,6 +141,10 @@ class GooseConfig(PreTrainedConfig):
                 check(name, value in CHOICES[name], ", ".join(CHOICES[name]))
             elif kind is bool:
                 check(name, type(value) is bool, "True or False")
+            elif name == "spike_steps":
+                steps = value if isinstance(value, dict) else dict.fromkeys(SITES, value)
+                fits = set(steps) <= set(SITES) and {*steps.values()} <= {1, 2}
+                check(name, fits, f"1, 2 or {{site: 1 or 2}} of {', '.join(SITES)}")
             elif kind is int or name == "ffn_width" and value is not None:
                 check(name, type(value) is int and value > 0, "a whole number from 1")
             elif kind is float:
@@ -146,6 +156,10 @@ class GooseConfig(PreTrainedConfig):
         check("spike_sites", listed, f"'k', 'v' and any of {', '.join(SITES[2:])}")
         check("output_order", gate_first or "mix_out" not in sites,
               "gate_first with the spike site mix_out")
+        rotated = isinstance(self.rotated_sites, (tuple, list)) and (
+            set(self.rotated_sites) <= set(sites) - {"k", "v"})
+        check("rotated_sites", rotated, "spike sites before a Linear")
+        check("decay", self.decay == "constant" or state != "vector", "constant for state vector")
         if state != "vector":
             D, exact = self.d_model, self.recurrence != "cumsum"
             check("head_dim", D % self.head_dim == 0, f"a divisor of d_model = {D}")
@@ -212,6 +226,12 @@ class _SpikeFunction(torch.autograd.Function):
         # A step's derivative is replaced by that of a sigmoid of this scale around it, which is
         # even: one form serves both signs. Where theta is 0 there is no scale, and no gradient.
         value, scale = x.float(), ctx.width * theta.float().clamp_min(1e-12)
+        if ctx.estimator == "trust":
+            step = 2 * ctx.levels / (ctx.levels + 1) * scale / ctx.width
+            inside = (value.abs() <= (ctx.levels + 0.5) * step) & (theta > 0)
+            grad_x = grad.float() * inside / step
+            grad_theta = (-grad_x * value / theta.float().clamp_min(1e-12)).sum_to_size(theta.shape)
+            return grad_x.to(x.dtype), grad_theta.to(theta.dtype), None, None, None, None
         position, upstream = value / scale, grad.float() * (theta > 0) / scale
         grad_x, grad_theta = torch.zeros_like(value), torch.zeros_like(value)
         for level in range(1, ctx.levels + 1):
@@ -231,8 +251,9 @@ def ternary_spike(x: Tensor, theta: Tensor, estimator: str = "clipped", levels: 
 
     theta >= 0 is broadcastable to x. `estimator` is the gradient in the place of the steps' own
     [2]: `identity`, the published one, is dx = 1 and nothing for theta, so that alpha never learns;
-    `clipped` is a sigmoid window of scale width * theta around each threshold, for x and theta.
-    Raises ValueError for another one.
+    `clipped` is a sigmoid window of scale width * theta around each threshold, for x and theta;
+    `trust` (QuEST, 2502.05003) a straight line wherever x is at most half a step away from what
+    its spikes stand for, and nothing beyond. Raises ValueError for another one.
     """
     _require(estimator in ESTIMATORS, "estimator", estimator, ", ".join(ESTIMATORS))
     if not torch.is_grad_enabled():
@@ -240,28 +261,69 @@ def ternary_spike(x: Tensor, theta: Tensor, estimator: str = "clipped", levels: 
     return _SpikeFunction.apply(x, theta, levels, binary, estimator, width)
 
 
-class TernarySpike(nn.Module):
+class SpikeTrain(nn.Module):
+    """Spikes of x (B, T, C) at thresholds theta, or x itself in a dense twin. All spikes pass
+    through such a module: there they are observed and replaced."""
+
+    def __init__(self, kind: str, estimator: str):
+        super().__init__()
+        self.levels, self.kind, self.estimator = _spike_levels(kind), kind, estimator
+
+    def forward(self, x: Tensor, theta: Tensor | None = None) -> Tensor:
+        """(B, T, C) in the dtype of x."""
+        if self.kind == "dense":
+            return x
+        return ternary_spike(x, theta, self.estimator, self.levels, self.kind == "binary")
+
+
+class _Site(nn.Module):
+    """What both kinds of sites share: one train of spikes, or a second one on what the first left,
+    x - height * s. The code s_1 + residual_height * s_2 has one value for a channel, so that the
+    product that follows reads a row of weights once, whatever fired."""
+
+    def __init__(self, kind: str, estimator: str, steps: int, size: int):
+        super().__init__()
+        self.levels, self.kind, self.estimator = _spike_levels(kind), kind, estimator
+        self.spikes, self.second = SpikeTrain(kind, estimator), None
+        if steps == 2 and kind != "dense":
+            self.second = SpikeTrain(kind, estimator)
+            self.residual_alpha = nn.Parameter(torch.full((size,), RESIDUAL_ALPHA))
+            self.residual_height = nn.Parameter(torch.full((size,), RESIDUAL_HEIGHT))
+
+    def code(self, x: Tensor, theta: Tensor, height: Tensor) -> Tensor:
+        """The code of x (B, T, C): its spikes, or the sum of two trains."""
+        spikes = self.spikes(x, theta)
+        if self.second is None:
+            return spikes
+        rest = x - height.to(x.dtype) * spikes
+        again = self.second(rest, self.residual_alpha.float().abs() * theta.detach())
+        return spikes + self.residual_height.to(x.dtype) * again
+
+
+# Of the second train, relative to the first: near the best for a Gaussian whose rates stay in band.
+RESIDUAL_ALPHA, RESIDUAL_HEIGHT = 0.4, 0.33
+
+
+class TernarySpike(_Site):
     """amplitude * spikes(x), with theta = alpha * mean|x| [9].
 
     The mean is over the channels of one token (`token`), or its geometric mean with channel means
     that were calibrated once (`mixed_fixed`): neither sees other tokens or sequences. alpha and
     amplitude are one scalar or one per channel. `dense` returns amplitude * x: the twin without
-    spikes. All spikes pass through `spikes`: there they are observed and replaced.
+    spikes. With `steps` = 2 the first train stands for +-2 theta, and a second codes the rest.
     """
 
     def __init__(self, width: int, kind: str = "ternary", threshold: str = "token",
-                 granularity: str = "scalar", estimator: str = "clipped"):
-        super().__init__()
+                 granularity: str = "scalar", estimator: str = "clipped", steps: int = 1):
         for name, value in (("threshold", threshold), ("granularity", granularity)):
             _require(value in CHOICES[name], name, value, ", ".join(CHOICES[name]))
-        self.levels, self.kind, self.estimator = _spike_levels(kind), kind, estimator
         size = width if granularity == "channel" else 1
+        super().__init__(kind, estimator, steps, size)
         # The dense twin has no threshold, and several processes would wait for its gradient.
         self.alpha = nn.Parameter(torch.ones(size), requires_grad=kind != "dense")
         self.amplitude = nn.Parameter(torch.ones(size))
         self.register_buffer("channel_mean",
                              torch.ones(width) if threshold == "mixed_fixed" else None)
-        self.spikes = nn.Identity()
 
     def theta(self, x: Tensor) -> Tensor:
         """Threshold of x (B, T, C), broadcastable to it, in fp32."""
@@ -278,71 +340,107 @@ class TernarySpike(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Spikes of x (B, T, C) without their height."""
-        if self.kind != "dense":
-            binary = self.kind == "binary"
-            x = ternary_spike(x, self.theta(x), self.estimator, self.levels, binary)
-        return self.spikes(x)
+        if self.kind == "dense":
+            return self.spikes(x)
+        theta = self.theta(x)
+        return self.code(x, theta, 2 * theta.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """amplitude * spikes of x (B, T, C)."""
         return self.amplitude.to(x.dtype) * self.encode(x)
 
 
-class SpikeEncoder(nn.Module):
+def _rotate(x: Tensor) -> Tensor:
+    """x (..., C) times an orthogonal, symmetric matrix: blocks of Hadamard's of at most 128 channels
+    on its diagonal. Done twice it gives x back."""
+    C = x.shape[-1]
+    block, H = math.gcd(C, 128), x.new_ones(1, 1)
+    while len(H) < block:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    return (x.unflatten(-1, (C // block, block)) @ (H / math.sqrt(block))).flatten(-2)
+
+
+class SpikeEncoder(_Site):
     """x ~ centre + amplitude * scale * s: spikes s in the place of x (B, T, C) before a Linear.
 
     centre, amplitude and alpha are per channel, scale = mean|x - centre| is one number per token,
     and s are the spikes of x - centre at theta = alpha * scale. The Linear can absorb all but s and
     scale (`fold`), so that the product that remains is between weights and {-1, 0, +1}, or event
     counts up to k for integer:k. `dense` passes x on: the twin without spikes.
-    """
 
-    def __init__(self, width: int, kind: str = "ternary", estimator: str = "clipped"):
-        super().__init__()
+    With `steps` = 2 s is the sum of two trains (_Site). With `rotated` x is rotated first, which
+    `fold` undoes in the weights: a channel, its health, information and CKA are then those of a
+    mixture of up to 128 channels of the model. `blend`, 1 but for training that sets it, is the
+    share of the code in what is passed on; the rest is x.
+    """
+    blend = 1.0
+
+    def __init__(self, width: int, kind: str = "ternary", estimator: str = "clipped",
+                 steps: int = 1, rotated: bool = False):
         _require(kind != "binary", "encoder_kind", kind, "dense, ternary, integer:k")
-        self.levels, self.kind, self.estimator = _spike_levels(kind), kind, estimator
+        super().__init__(kind, estimator, steps, width)
+        self.rotated = rotated
         self.centre = nn.Parameter(torch.zeros(width))
         self.alpha, self.amplitude = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.requires_grad_(kind != "dense")
-        self.spikes = nn.Identity()  # as in TernarySpike
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Sets centre, alpha and amplitude from a batch x (..., C): the channel's median, 0.77
         times its mean deviation (the optimum of a Gaussian; 0.67, 0.59 for counts up to 2, 3, near
-        theirs), and the least-squares height for it."""
+        theirs; 1 where a second train follows), and the least-squares height for it."""
         x = x.float().reshape(-1, x.shape[-1])
+        x = _rotate(x) if self.rotated else x
         self.centre.copy_(x.median(0).values)
         x = x - self.centre
         x = x / x.abs().mean(-1, keepdim=True).clamp_min(1e-6)
         deviation = x.abs().mean(0).clamp_min(1e-3)
-        self.alpha.copy_(0.77 / (1 + 0.15 * (self.levels - 1)) * deviation)
-        count = sum((x.abs() > n * self.alpha).float() for n in range(1, self.levels + 1))
+        best = 0.77 / (1 + 0.15 * (self.levels - 1)) if self.second is None else 1.0
+        self.alpha.copy_(best * deviation)
+        self.amplitude.copy_(self._height(x, self.alpha, 1.53 * deviation))
+        if self.second is not None:
+            rest = x - self.amplitude * torch.sign(x) * self._count(x, self.alpha)
+            deviation = rest.abs().mean(0).clamp_min(1e-3)
+            self.residual_alpha.copy_(0.9 * deviation / self.alpha)
+            height = self._height(rest, 0.9 * deviation, 1.53 * deviation)
+            self.residual_height.copy_(height / self.amplitude)
+
+    def _count(self, x: Tensor, theta: Tensor) -> Tensor:
+        return sum((x.abs() > n * theta).float() for n in range(1, self.levels + 1))
+
+    def _height(self, x: Tensor, theta: Tensor, silent: Tensor) -> Tensor:
+        """The least-squares height (C,) of spikes of x (n, C) at theta. A channel that never fired
+        here gets that of `silent`, or it would never learn one."""
+        count = self._count(x, theta)
         height = (x.abs() * count).sum(0) / count.square().sum(0).clamp_min(1.0)
-        # A channel that never fired here keeps a height, or it would never learn one.
-        self.amplitude.copy_(torch.where(count.any(0), height, 1.53 * deviation))
+        return torch.where(count.any(0), height, silent)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Spikes (B, T, C) and the scale (B, T, 1) of x (B, T, C)."""
-        x = x - self.centre.to(x.dtype)
+        """The code (B, T, C) and the scale (B, T, 1) of x (B, T, C)."""
+        x = (_rotate(x) if self.rotated else x) - self.centre.to(x.dtype)
         scale = x.float().abs().mean(-1, keepdim=True)
         theta = self.alpha.float().abs() * scale.detach()
-        return self.spikes(ternary_spike(x, theta, self.estimator, self.levels)), scale
+        return self.code(x, theta, self.amplitude * scale), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) as its code reads it."""
         if self.kind == "dense":
             return self.spikes(x)
         spikes, scale = self.encode(x)
-        return self.centre.to(x.dtype) + (self.amplitude * scale).to(x.dtype) * spikes
+        coded = self.centre.to(x.dtype) + (self.amplitude * scale).to(x.dtype) * spikes
+        coded = _rotate(coded) if self.rotated else coded
+        if self.training and self.blend < 1:
+            coded = x + self.blend * (coded - x)
+        return coded
 
     @torch.no_grad()
     def fold(self, linear: nn.Linear) -> nn.Linear:
         """A Linear for which linear(self(x)) = scale * (s @ weight^T) + bias: weight (out, C) takes
-        the amplitude, bias (out,) the centre."""
-        folded = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
-        folded.weight.copy_(linear.weight * self.amplitude)
-        folded.bias.copy_(linear.weight @ self.centre + (0 if linear.bias is None else linear.bias))
+        rotation and amplitude, bias (out,) the centre."""
+        weight = _rotate(linear.weight) if self.rotated else linear.weight
+        folded = nn.Linear(linear.in_features, linear.out_features).to(weight)
+        folded.weight.copy_(weight * self.amplitude)
+        folded.bias.copy_(weight @ self.centre + (0 if linear.bias is None else linear.bias))
         return folded
 
 
@@ -441,7 +539,8 @@ def _vector_cumsum(r, k, v, w, state=None):
 # it is the delta rule [11], [12], which writes only what the state does not yet hold under the key,
 #     S_t = diag(w) S_{t-1} + beta_t k_t (v_t - k_t S_{t-1})^T,
 # and needs |k| <= 1 and beta in (0, 1). Both forms take r, k (B, T, H, N), v (B, T, H, M),
-# w (H, N), S (B, H, N, M) or None, beta (B, T, H) or None. Decays count as at least MIN_DECAY.
+# w (H, N) or, of each token, (B, T, H, N), S (B, H, N, M) or None, beta (B, T, H) or None. Decays
+# count as at least MIN_DECAY.
 
 MIN_DECAY = 0.1
 
@@ -458,22 +557,39 @@ def _matrix_reference(r, k, v, w, state=None, beta=None):
     """The loop over tokens that the chunked form is checked against."""
     dtype = k.dtype
     r, k, v, w, S, beta = _matrix_inputs(r, k, v, w, state, beta)
-    out = []
-    for t in range(k.shape[1]):
+    out, decays = [], [w] * k.shape[1] if w.dim() == 2 else w.unbind(1)
+    for t, decay in enumerate(decays):
         write, value = k[:, t], v[:, t]  # (B, H, N), (B, H, M)
         if beta is not None:
             value = value - torch.einsum("bhn,bhnm->bhm", write, S)
             write = beta[:, t].unsqueeze(-1) * write
-        S = w.unsqueeze(-1) * S + write.unsqueeze(-1) * value.unsqueeze(-2)
+        S = decay.unsqueeze(-1) * S + write.unsqueeze(-1) * value.unsqueeze(-2)
         out.append(torch.einsum("bhn,bhnm->bhm", r[:, t], S))
     return torch.stack(out, 1).to(dtype), S
+
+
+def _constant_decays(log_w, n, chunk, last):
+    """Logarithms of W, W^-, of what is left of a write at the end of its chunk, and, for each of n
+    chunks, of W_C: of log w (H, 1, 1, N), for a last chunk of `last` tokens."""
+    steps = torch.arange(1, chunk + 1, device=log_w.device, dtype=log_w.dtype).unsqueeze(-1)
+    left = torch.cat(((chunk - steps).expand(n - 1, chunk, 1), (last - steps).clamp_min(0)[None]))
+    whole = [(size * log_w)[:, 0, 0] for size in [chunk] * (n - 1) + [last]]  # (H, N)
+    return steps * log_w, (steps - 1) * log_w, left * log_w, whole
+
+
+def _token_decays(log_w):
+    """The same for log w (B, H, n, C, N) of each token, 0 at padding."""
+    log_W = log_w.cumsum(-2)
+    whole = log_W[..., -1, :]  # (B, H, n, N)
+    return log_W, log_W - log_w, whole.unsqueeze(-2) - log_W, whole.unbind(2)
 
 
 def _matrix_chunked(r, k, v, w, state=None, beta=None, chunk=32):
     """Inside a chunk of C tokens, (C, C) products; between chunks, one state S.
 
-    With W_i = w^i after i tokens of the chunk, what is written is the rows of
-        E = V - tril((k W^-)(beta k / W)^T, -1) E - (k W^-) S,    W^- = w^(i-1),
+    With W_i the product of the decays of the chunk's first i tokens, w^i where they are constant,
+    and W^- that of i - 1, what is written is the rows of
+        E = V - tril((k W^-)(beta k / W)^T, -1) E - (k W^-) S,
     a triangular system (the "UT transform" of [11]); without beta, E = V. Then
         out = (r W) S + tril((r W)(beta k / W)^T) E,    S' = W_C S + (beta k W_C / W)^T E.
     chunk is at most 32: 1/w^32 is finite in fp32 for every w from MIN_DECAY on.
@@ -490,34 +606,32 @@ def _matrix_chunked(r, k, v, w, state=None, beta=None, chunk=32):
         x = F.pad(x, (0, 0, 0, 0, 0, n * chunk - T))
         return x.view(B, n, chunk, H, -1).permute(0, 3, 1, 2, 4)
 
-    steps = torch.arange(1, chunk + 1, device=k.device, dtype=w.dtype).unsqueeze(-1)  # (C, 1)
-    log_w = w.log().view(H, 1, 1, N)
+    last = T - (n - 1) * chunk  # padding ages no state: the last chunk counts its own tokens
+    log_W, log_before, log_left, log_whole = (
+        _constant_decays(w.log().view(H, 1, 1, N), n, chunk, last) if w.dim() == 2
+        else _token_decays(split(w.log())))
     r, k, v = split(r), split(k), split(v)
     write = k if beta is None else k * split(beta.unsqueeze(-1))
-    read, inverse = r * (steps * log_w).exp(), write * (-steps * log_w).exp()
+    read, inverse = r * log_W.exp(), write * (-log_W).exp()
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=k.device).tril()
     attend = (read @ inverse.transpose(-1, -2)).masked_fill(~lower, 0)  # (B, H, n, C, C)
     written, held = v, [None] * n
     if beta is not None:
-        held = k * ((steps - 1) * log_w).exp()
+        held = k * log_before.exp()
         system = (held @ inverse.transpose(-1, -2)).masked_fill(~lower.tril(-1), 0)
         both = torch.linalg.solve_triangular(system, torch.cat((v, held), -1), upper=False,
                                              unitriangular=True)  # which implies the diagonal
         written, held = both.split((v.shape[-1], N), -1)
         held = held.unbind(2)
-    # w^(size - i) for the carry; padding ages no state: the last chunk counts its own tokens.
-    last = T - (n - 1) * chunk
-    left = torch.cat(((chunk - steps).expand(n - 1, chunk, 1), (last - steps).clamp_min(0)[None]))
-    carry = write * (left * log_w).exp()  # (B, H, n, C, N)
+    carry = write * log_left.exp()  # (B, H, n, C, N)
     # unbind and not an index in the loop: an index has a gradient as large as the whole tensor.
     parts = (x.unbind(2) for x in (read, attend, written, carry))
     out = []
-    for i, (read_i, attend_i, E, carry_i, held_i) in enumerate(zip(*parts, held)):
+    for read_i, attend_i, E, carry_i, held_i, whole in zip(*parts, held, log_whole):
         if held_i is not None:
             E = E - held_i @ S  # (B, H, C, M)
         out.append(read_i @ S + attend_i @ E)
-        size = chunk if i < n - 1 else last
-        S = (size * log_w).exp().view(H, N, 1) * S + carry_i.transpose(-1, -2) @ E
+        S = whole.exp().unsqueeze(-1) * S + carry_i.transpose(-1, -2) @ E
     out = torch.stack(out, 2).permute(0, 2, 3, 1, 4).reshape(B, n * chunk, H, -1)[:, :T]
     return out.to(dtype), S
 
@@ -562,12 +676,19 @@ def _one_state(*given: Any) -> _GooseState | None:
     return found[0] if found else None
 
 
+def _steps(config: GooseConfig, site: str) -> int:
+    """How many trains of spikes a site emits."""
+    steps = config.spike_steps
+    return steps.get(site, 1) if isinstance(steps, dict) else steps
+
+
 def _encoder(config: GooseConfig, site: str, width: int) -> nn.Module:
     """What stands before a Linear: an encoder where `spike_sites` names the site, else nothing."""
     if site not in config.spike_sites:
         return nn.Identity()
     kind = "dense" if config.spike_kind == "dense" else config.encoder_kind
-    return SpikeEncoder(width, kind, config.estimator)
+    return SpikeEncoder(width, kind, config.estimator, _steps(config, site),
+                        site in config.rotated_sites)
 
 
 class TimeMix(nn.Module):
@@ -589,10 +710,11 @@ class TimeMix(nn.Module):
         self.key, self.value = nn.Linear(D, D, bias=bias), nn.Linear(D, D, bias=bias)
         self.receptance, self.output = nn.Linear(D, D, bias=bias), nn.Linear(D, D, bias=bias)
         spike = (D, config.spike_kind, config.threshold, config.granularity, config.estimator)
-        self.spike_k, self.spike_v = TernarySpike(*spike), TernarySpike(*spike)
+        self.spike_k = TernarySpike(*spike, _steps(config, "k"))
+        self.spike_v = TernarySpike(*spike, _steps(config, "v"))
         self.mix_in = nn.ModuleDict({name: _encoder(config, "mix_in", D) for name in self.INPUTS})
         self.mix_out = _encoder(config, "mix_out", D)
-        self.gate = self.beta = None  # MatrixTimeMix has them
+        self.gate = self.beta = self.decay_in = self.decay_out = None  # of MatrixTimeMix
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -643,6 +765,8 @@ class MatrixTimeMix(TimeMix):
     state_kind `matrix` has keys scaled by sqrt(1 - w^2): channels of long and short memory weigh
     alike. `delta` has keys of length below one and beta = sigmoid(W_b x_k) per head (section 3);
     what is written, v - k S, is then not ternary: only its rows, those where k fires, are sparse.
+    With decay `token` the logit of a decay is a constant plus W_2 tanh(W_1 x_k), of low rank as in
+    RWKV-6 (2404.05892); W_2 starts at zero.
     """
     INPUTS = ("k", "v", "r", "g")
 
@@ -652,6 +776,9 @@ class MatrixTimeMix(TimeMix):
         self.gate = nn.Linear(D, D)
         self.norm = nn.GroupNorm(self.heads, D, eps=config.layer_norm_epsilon)
         self.beta = nn.Linear(D, self.heads) if config.state_kind == "delta" else None
+        if config.decay == "token":
+            self.decay_in = nn.Linear(D, config.decay_rank, bias=False)
+            self.decay_out = nn.Linear(config.decay_rank, D, bias=False)
 
     def remember(self, inputs, k, v, S):
         """As in TimeMix, with the last state (B, H, N, N)."""
@@ -659,9 +786,12 @@ class MatrixTimeMix(TimeMix):
         r, gate = self.receptance(inputs["r"]), F.silu(self.gate(inputs["g"]))
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         beta = None if self.beta is None else torch.sigmoid(self.beta(inputs["k"]).to(dtype))
+        logit = self.decay_logit.to(dtype)  # (D,), or (B, T, D)
+        if self.decay_in is not None:
+            logit = logit + self.decay_out(torch.tanh(self.decay_in(inputs["k"]))).to(dtype)
         with torch.autocast(k.device.type, enabled=False):
             r, k, v = (x.to(dtype).view(B, T, self.heads, -1) for x in (r, k, v))  # (B, T, H, N)
-            w = torch.sigmoid(self.decay_logit.to(dtype)).view(self.heads, -1)  # (H, N)
+            w = torch.sigmoid(logit).unflatten(-1, (self.heads, -1))  # (H, N) or (B, T, H, N)
             if beta is None:
                 k = k * (1 - w.square()).clamp_min(torch.finfo(dtype).eps).sqrt()  # finite slope
             else:
@@ -760,8 +890,10 @@ class _GoosePreTrainedModel(PreTrainedModel):
         if isinstance(module, TimeMix):
             module.reset_parameters()
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, TernarySpike, SpikeEncoder)):
+            start = {"bias": 0.0, "centre": 0.0, "residual_alpha": RESIDUAL_ALPHA,
+                     "residual_height": RESIDUAL_HEIGHT}
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                init.constant_(tensor, 0.0 if name in ("bias", "centre") else 1.0)
+                init.constant_(tensor, start.get(name, 1.0))
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Linear):
@@ -770,8 +902,8 @@ class _GoosePreTrainedModel(PreTrainedModel):
                     std /= math.sqrt(2 * self.config.n_layer)  # branches start small, as in GPT-2
                 elif module is block.time_mix.gate:
                     bias = 1.0  # gates start near silu(1) = 0.73
-                elif module is block.time_mix.beta:
-                    std = 0.0  # beta starts at 0.5
+                elif module in (block.time_mix.beta, block.time_mix.decay_out):
+                    std = 0.0  # beta starts at 0.5, decays at their constants
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.constant_(module.bias, bias)
@@ -915,6 +1047,8 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
         """16 hex digits of weights and spikes: the same for a student and what was saved of it."""
         names = ("spike_kind", "encoder_kind", "spike_sites", "threshold", "state_kind",
                  "output_order", "recurrence")
+        more = {"spike_steps": 1, "rotated_sites": [], "decay": "constant"}  # since version 18
+        names += tuple(name for name in more if vars(self.config)[name] != more[name])
         parts = [json.dumps({name: vars(self.config)[name] for name in names})]
         for name, value in self._own(self.state_dict().items()):
             parts += name, value.detach().cpu().float().contiguous().numpy().tobytes()
@@ -1065,7 +1199,7 @@ def _head_is_all(model: nn.Module) -> bool:
 
 def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
     """{"layer.site": module} of every spike site, in the order of the forward pass; mix_in has one
-    for each of its inputs, "0.mix_in.k". All spikes pass through the module's `spikes`."""
+    for each of its inputs, "0.mix_in.k"."""
     found: dict[str, nn.Module] = {}
     for i, block in enumerate(_blocks(student)):
         mix, ffn = block.time_mix, block.ffn
@@ -1079,17 +1213,26 @@ def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in found.items() if isinstance(m, (TernarySpike, SpikeEncoder))}
 
 
+def _trains(student: nn.Module) -> dict[str, SpikeTrain]:
+    """{"layer.site": its spikes, and "layer.site.2": those of a second train}, in their order."""
+    found: dict[str, SpikeTrain] = {}
+    for name, site in spike_modules(student).items():
+        found |= {name: site.spikes, f"{name}.2": site.second}
+    return {name: train for name, train in found.items() if train is not None}
+
+
 @contextlib.contextmanager
 def spike_hooks(student: nn.Module, function: Callable[[str, Tensor], Tensor | None],
                 names: Iterable[str] | None = None) -> Iterator[None]:
-    """Calls function("layer.site", spikes (B, T, C)) wherever a site fires, or those in `names`;
-    what it returns takes the spikes' place, unless that is None. The hooks go with the block,
-    whatever is raised in it. Raises ValueError for a site that does not exist."""
-    modules = spike_modules(student)
+    """Calls function("layer.site", spikes (B, T, C)) wherever a site fires, or those in `names`; a
+    second train is "layer.site.2". What it returns takes the spikes' place, unless that is None.
+    The hooks go with the block, whatever is raised in it. ValueError for a site that is not there.
+    """
+    trains = _trains(student)
     with contextlib.ExitStack() as undo:
-        for name in modules if names is None else names:
-            _require(name in modules, "spike site", name, ", ".join(modules) or "none: no spikes")
-            undo.enter_context(modules[name].spikes.register_forward_hook(
+        for name in trains if names is None else names:
+            _require(name in trains, "spike site", name, ", ".join(trains) or "none: no spikes")
+            undo.enter_context(trains[name].register_forward_hook(
                 lambda _m, _i, spikes, name=name: function(name, spikes)))
         for block in _blocks(student):
             undo.callback(setattr, block, "compiled", block.compiled)
@@ -1332,18 +1475,13 @@ class _SpikeWatch(contextlib.ExitStack):
         super().__init__()
         self.rates, self.spikes = {}, {}
         self.enter_context(spike_hooks(student, lambda n, spikes: self.spikes.update({n: spikes})))
-        for name, module in spike_modules(student).items():
-            self.enter_context(module.register_forward_hook(functools.partial(self._rate, name)))
+        for name, train in _trains(student).items():
+            self.enter_context(train.register_forward_hook(functools.partial(self._rate, name)))
 
-    def _rate(self, name: str, module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
+    def _rate(self, name: str, module: SpikeTrain, args: tuple, _output: Tensor) -> None:
         if not module.training or module.kind == "dense":
             return
-        (x,) = args
-        if isinstance(module, SpikeEncoder):
-            x = x - module.centre
-            theta = module.alpha.float().abs() * x.detach().float().abs().mean(-1, keepdim=True)
-        else:
-            theta = module.theta(x)
+        x, theta = args
         x = x.float() if module.kind == "binary" else x.float().abs()
         soft = torch.sigmoid((x / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
         fired = (self.spikes[name].detach() != 0).float().flatten(0, -2).mean(0)
@@ -1374,9 +1512,10 @@ class Distiller(nn.Module):
     _keys_to_ignore_on_save = ["student.lm_head.weight"]  # `Trainer` looks here
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, recipe: Recipe,
-                 teacher_device: torch.device | None = None):
+                 teacher_device: torch.device | None = None, twin: nn.Module | None = None):
         super().__init__()
         self.student, self.recipe, self._teacher_device = student, recipe, teacher_device
+        self._encoders = [m for m in student.modules() if isinstance(m, SpikeEncoder)]
         self.temperature = Temperature(recipe.temperature, recipe.tau, recipe.tau_min,
                                        recipe.tau_max, recipe.gradient_reversal,
                                        recipe.lambda_warmup_ratio)
@@ -1387,7 +1526,9 @@ class Distiller(nn.Module):
         self.projections = nn.ModuleDict()
         self._ends, self._pairs, self._watch, self._head = (), (), None, None
         self._undo = contextlib.ExitStack()
-        vars(self)["teacher"] = teacher  # no submodule
+        vars(self).update(teacher=teacher, twin=twin)  # no submodules
+        _require(twin is not None or not recipe.twin_weight, "twin_weight", recipe.twin_weight,
+                 "0 where no trained dense twin is given")
         if teacher is None:
             return
         _require(_head_is_all(teacher), "teacher", teacher.config.model_type, "a model whose logits"
@@ -1426,6 +1567,8 @@ class Distiller(nn.Module):
         `device`, where the loss is."""
         self.teacher.to(self._teacher_device or device)
         self._head = self._head.to(device)
+        if self.twin is not None:
+            self.twin.to(device).eval().requires_grad_(False)
 
     def close(self) -> None:
         """Removes the hooks; the student is then as it was, but trained."""
@@ -1455,7 +1598,12 @@ class Distiller(nn.Module):
             loss, ours = self._alignment(theirs), {}
             terms = {"align": loss.detach()}
         else:
-            with _capture_blocks(self.student, {s for s, _ in self._pairs}) as ours:
+            for encoder in self._encoders if recipe.blend_ratio else ():
+                done = (step - recipe.align_steps) / (recipe.distill_steps - recipe.align_steps)
+                encoder.blend = min(1.0, done / recipe.blend_ratio)
+            seen = range(len(_blocks(self.student))) if recipe.twin_weight else (
+                {s for s, _ in self._pairs})
+            with _capture_blocks(self.student, seen) as ours:
                 hidden = self.student.base_model(input_ids, use_cache=False).last_hidden_state
             progress = step / recipe.distill_steps
             tau = self.temperature(progress)
@@ -1466,11 +1614,12 @@ class Distiller(nn.Module):
                      "lambda": torch.tensor(self.temperature.strength(progress))}
             if want_ce or recipe.ce_weight:
                 terms["ce"] = ce
-        for name, weight, value in self._others(step, ours, theirs):
+        for name, weight, value in self._others(step, ours, theirs, input_ids):
             terms[name], loss = value, loss + weight * value
         return loss, terms
 
-    def _others(self, step: int, ours: dict, theirs: dict) -> Iterator[tuple[str, float, Tensor]]:
+    def _others(self, step: int, ours: dict, theirs: dict,
+                input_ids: Tensor) -> Iterator[tuple[str, float, Tensor]]:
         """(name, weight, value) of the terms that blocks, thresholds and spikes decide."""
         recipe = self.recipe
         if self._watch and self.training and recipe.rate_weight:
@@ -1492,6 +1641,12 @@ class Distiller(nn.Module):
         if self.fdd_active(step):
             yield "fdd", recipe.fdd_weight, _fdd_loss([ours[s] for s, _ in self._pairs],
                                                       [theirs[t] for _, t in self._pairs])
+        if recipe.twin_weight:
+            with torch.no_grad(), _capture_blocks(self.twin, ours) as goals:
+                self.twin.base_model(input_ids, use_cache=False)
+            errors = [(ours[i][1].float() - goals[i][1].float()).square().mean((0, 1))
+                      / goals[i][1].float().var((0, 1)).clamp_min(1e-6) for i in ours]
+            yield "twin", recipe.twin_weight, torch.stack([e.mean() for e in errors]).mean()
         if recipe.variance_penalty:
             spikes = [m for m in self.student.modules() if isinstance(m, TernarySpike)]
             spread = sum(p.var() for m in spikes for p in (m.alpha, m.amplitude))
@@ -1602,10 +1757,18 @@ def evaluate(model: nn.Module, tokens: np.ndarray, seq_len: int, batch_size: int
 
 @torch.no_grad()
 def firing_rates(student: nn.Module, input_ids: Tensor) -> dict[str, float]:
-    """{"layer.site": share of non-zero spikes} over the tokens of input_ids (B, T)."""
+    """{"layer.site": share of channels with an event} over the tokens of input_ids (B, T); where
+    there are two trains, an event of either: the rows of weights that are read."""
     rates: dict[str, float] = {}
-    with _evaluating(student), spike_hooks(
-            student, lambda name, s: rates.update({name: float((s != 0).float().mean())})):
+    fired: dict[str, Tensor] = {}
+
+    def see(name: str, spikes: Tensor) -> None:
+        site = name.removesuffix(".2")
+        events = spikes != 0 if site == name else fired.pop(site) | (spikes != 0)
+        fired.clear()
+        fired[site], rates[site] = events, float(events.float().mean())
+
+    with _evaluating(student), spike_hooks(student, see):
         student.base_model(input_ids.to(next(student.parameters()).device), use_cache=False)
     return rates
 
@@ -1627,6 +1790,8 @@ def operations(student: nn.Module, density: dict[str, float] | None = None) -> l
     spiking, state = c.spike_kind != "dense", D * c.head_dim if matrix else D
     products = [(f"W_{x}", f"mix_in.{x}", D * D) for x in ("kvrg" if matrix else "kvr")]
     products += [("W_b", "mix_in.k", D * D // c.head_dim)] * delta  # one output for each head
+    if c.decay == "token":
+        products += [("W_w1", "mix_in.k", D * c.decay_rank), ("W_w2", "-", D * c.decay_rank)]
     products += [("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * c.ffn_width),
                  ("W_2", "ffn_hidden", D * c.ffn_width)]
     products += [("k S", "k", state)] * delta + [("r S", "-", state)] * matrix + [("state", "k", 0)]
@@ -1928,7 +2093,11 @@ class Recipe:
     encoder_kind: str = "ternary"
     threshold: Literal["token", "mixed_fixed"] = "token"
     granularity: Literal["scalar", "channel"] = "scalar"
-    estimator: Literal["identity", "clipped"] = "identity"
+    estimator: Literal["identity", "clipped", "trust"] = "identity"
+    spike_steps: int | dict[str, int] = 1
+    rotated_sites: tuple[str, ...] = ()
+    decay: Literal["constant", "token"] = "constant"
+    decay_rank: int = 32
     # corpus and teacher
     corpus: str = "wikitext-2"
     corpus_chars: int | None = None
@@ -1957,6 +2126,8 @@ class Recipe:
     variance_penalty: float = 0.0
     rate_weight: float = 0.0
     spike_align_weight: float = 0.0
+    blend_ratio: float = 0.0
+    twin_weight: float = 0.0
     fdd: Literal["none", "cka_delta"] = "none"
     fdd_weight: float = 0.001
     fdd_start: int = 500
@@ -1984,8 +2155,9 @@ class Recipe:
     seed: int = 42
 
     ZERO = {"kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "seed",
-            "rate_weight", "spike_align_weight", "weight_decay", "fdd_start", "align_steps"}
-    SHARES = {"warmup_ratio", "lambda_warmup_ratio", "beta2"}  # in [0, 1)
+            "rate_weight", "spike_align_weight", "weight_decay", "fdd_start", "align_steps",
+            "twin_weight"}
+    SHARES = {"warmup_ratio", "lambda_warmup_ratio", "beta2", "blend_ratio"}  # in [0, 1)
 
     def __post_init__(self):
         for name, kind in _type_hints(Recipe).items():
@@ -2014,6 +2186,8 @@ class Recipe:
         if kind is str:
             blank = name in ("changed", "outcome")
             return isinstance(value, str) and (blank or value != ""), "a word"
+        if name == "spike_steps":
+            return True, "as GooseConfig says, which checks it"
         if name == "layer_map":
             pairs = type(value) is tuple and {*map(type, value)} <= {tuple}
             fits = pairs and all(len(pair) == 2 and {*map(type, pair)} == {int} for pair in value)
@@ -3266,7 +3440,7 @@ def load_task(recipe: Recipe) -> Task:
 def distil(task: Task, recipe: Recipe | None = None, folder: Path | None = None,
            student: GooseForCausalLM | None = None, description: str = "distillation",
            max_steps: int | None = None, trainer: type[DistillationTrainer] = DistillationTrainer,
-           **arguments: Any) -> tuple[GooseForCausalLM, SimpleNamespace]:
+           twin: GooseForCausalLM | None = None, **arguments: Any) -> tuple[GooseForCausalLM, SimpleNamespace]:
     """Builds the student of `recipe` (the task's, or one with other values), or takes the one that
     is given, and trains it; see DistillationTrainer, of which `trainer` may be a subclass, and its
     `run` for the result. Where there are two GPUs, the teacher takes the second."""
@@ -3275,7 +3449,8 @@ def distil(task: Task, recipe: Recipe | None = None, folder: Path | None = None,
     student = task.build_student() if student is None else student
     two = device.type == "cuda" and torch.cuda.device_count() > 1 and (
         int(os.environ.get("WORLD_SIZE", 1)) == 1)
-    objective = Distiller(student, task.teacher, recipe, torch.device("cuda:1") if two else None)
+    objective = Distiller(student, task.teacher, recipe, torch.device("cuda:1") if two else None,
+                          twin)
 
     def evaluate_now() -> dict[str, Any]:
         measured = evaluate(student, task.tokens["validation"], recipe.seq_len,
@@ -3497,7 +3672,7 @@ def _compile_steps(student: GooseForCausalLM) -> None:
         block.compiled = _content_hash(repr(block), str(tensors), student.config.to_json_string())
 
 
-_FED = {"mix_in.k": ("key", "beta"), "mix_in.v": ("value",), "mix_in.r": ("receptance",),
+_FED = {"mix_in.k": ("key", "beta", "decay_in"), "mix_in.v": ("value",), "mix_in.r": ("receptance",),
         "mix_in.g": ("gate",), "mix_out": ("output",), "ffn_in": ("up",), "ffn_hidden": ("down",)}
 
 
@@ -3597,9 +3772,14 @@ def random_student(recipe: Recipe, vocab_size: int, rates: dict[str, float],
     def fire(name: str, module: nn.Module, x: Tensor) -> None:
         share = rates.get(name.split(".")["." in name])
         if share is not None:
+            x = _rotate(x) if module.rotated else x
             x = (x - module.centre).abs().flatten(0, -2)  # (B*T, X)
             ratio = x / x.mean(-1, keepdim=True).clamp_min(1e-6)
-            module.alpha.fill_(float(np.quantile(ratio.flatten()[:200_000], 1 - share)))
+            least = float(np.quantile(ratio.flatten()[:200_000], 1 - share))
+            if module.second is not None:  # which fires first
+                module.residual_alpha.fill_(RESIDUAL_ALPHA)
+                least /= RESIDUAL_ALPHA
+            module.alpha.fill_(least)
     _calibrate(student, torch.randint(0, vocab_size, (2, 32)), fire)
     return student
 

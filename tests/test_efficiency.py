@@ -65,7 +65,8 @@ def recipe(**options):
     return asnn.get_recipe("v14.4-sites", "tiny").replace(**{"spike_sites": asnn.SITES, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"encoder_kind": "integer:3"}, {"state_kind": "vector"}])
+@pytest.mark.parametrize("options", [{}, {"encoder_kind": "integer:3"}, {"state_kind": "vector"},
+                                     {"rotated_sites": ("mix_in", "ffn_hidden"), "spike_steps": 2}])
 @pytest.mark.parametrize("asked", [{"mix_in": 0.3, "mix_out": 0.2, "ffn_hidden": 0.1},
                                    {"mix_in": 0.9, "mix_out": 0.0, "ffn_in": 1.0, "head_in": 0.9}])
 def test_a_random_student_fires_as_often_as_asked_for(options, asked):
@@ -207,10 +208,12 @@ def test_timings_are_taken_in_turns_and_tell_slow_from_quick():
 # ---- operations and energy -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vector", "matrix", "delta"])
+@pytest.mark.parametrize("kind, more", [
+    ("vector", {}), ("matrix", {}), ("delta", {}),
+    ("delta", {"decay": "token", "decay_rank": 5, "spike_steps": 2})])
 @pytest.mark.parametrize("sites", [asnn.SITES, ("k", "v")])
-def test_macs_are_those_that_a_decoding_step_multiplies(ids, kind, sites):
-    student = goose(state_kind=kind, spike_sites=sites, n_layer=3, ffn_width=3 * D)
+def test_macs_are_those_that_a_decoding_step_multiplies(ids, kind, more, sites):
+    student = goose(state_kind=kind, spike_sites=sites, n_layer=3, ffn_width=3 * D, **more)
     rates = asnn.firing_rates(student, ids)
     rows, decoder = asnn.operations(student, rates), asnn.Decoder(student, ids)
     with FlopCounterMode(display=False) as counter:

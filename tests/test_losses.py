@@ -371,12 +371,15 @@ def test_spike_hooks_see_and_replace_spikes_and_go_with_the_block(student, batch
     assert torch.equal(student(batch[0]).logits, plain) and hooks(student) == 0
 
 
+@pytest.mark.parametrize("trains", [1, 2])
 @pytest.mark.parametrize("step", [0, 5])
-def test_firing_rates_outside_their_band_are_part_of_the_loss(distiller, batch, monkeypatch, step):
-    """In the alignment and after it, with the counted rates; every site's threshold learns."""
+def test_firing_rates_outside_their_band_are_part_of_the_loss(distiller, batch, monkeypatch, step,
+                                                              trains):
+    """In the alignment and after it, with the counted rates; every threshold learns."""
     monkeypatch.setattr(asnn, "RATE_BAND", (0.3, 0.5))
-    objective, seen = distiller("v14.4-rates", rate_weight=2.0, align_steps=3), {}
-    plain, _ = loss_of(distiller("v14.4-sites", align_steps=3), batch, step)
+    more = {"align_steps": 3, "spike_steps": trains}
+    objective, seen = distiller("v14.4-rates", rate_weight=2.0, **more), {}
+    plain, _ = loss_of(distiller("v14.4-sites", **more), batch, step)
     with asnn.spike_hooks(objective.student, lambda name, spikes: seen.update({name: spikes})):
         loss, terms = loss_of(objective, batch, step)
     expected = []
@@ -385,11 +388,38 @@ def test_firing_rates_outside_their_band_are_part_of_the_loss(distiller, batch, 
         outside = [((r - 0.5).clamp_min(0) + (0.3 - r).clamp_min(0)) ** 2
                    for r in (rate, rate.mean())]
         expected.append(float(outside[0].mean() + outside[1]))
-    assert len(expected) == 2 * 9 and sum(expected) > 0
+    assert len(expected) == 2 * 9 * trains and sum(expected) > 0
     assert terms["rate"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     assert loss == pytest.approx(plain + 2 * terms["rate"], rel=1e-5)
     modules = asnn.spike_modules(objective.student).values()
-    assert all(module.alpha.grad.abs().max() > 0 for module in modules)
+    learning = [p for m in modules for n, p in m.named_parameters() if n.endswith("alpha")]
+    assert len(learning) == 2 * 9 * trains and all(p.grad.abs().max() > 0 for p in learning)
+
+
+def test_the_dense_twin_teaches_the_outputs_of_its_layers(distiller, batch, student):
+    """After the alignment, as errors over variances; without a twin the weight is refused."""
+    plain = loss_of(distiller("v14.4-rates", align_steps=3), batch, 5)[0]
+    twin = distiller("v14.4-rates", align_steps=3, spike_kind="dense").student
+    objective = distiller("v14.4-rates", align_steps=3, twin_weight=0.5, twin=twin)
+    with asnn._capture_blocks(objective.student, (0, 1)) as ours, \
+            asnn._capture_blocks(twin.eval(), (0, 1)) as goals:
+        loss, terms = loss_of(objective, batch, 5)
+    errors = [((ours[i][1] - goals[i][1]).square().mean((0, 1)) / goals[i][1].var((0, 1))).mean()
+              for i in (0, 1)]
+    assert terms["twin"] == pytest.approx(float(sum(errors).detach()) / 2, rel=1e-4)
+    assert terms["twin"] > 0 and loss == pytest.approx(plain + 0.5 * terms["twin"], rel=1e-4)
+    assert "twin" not in loss_of(objective, batch, 2)[1]
+    assert not any("twin" in name for name in objective.state_dict())
+    with pytest.raises(ValueError, match="twin_weight is 0.5; allowed: 0 where no trained dense"):
+        distiller("v14.4-rates", twin_weight=0.5)
+
+
+def test_a_blend_ends_at_the_spikes_alone(distiller, batch):
+    objective = distiller("v14.4-rates", align_steps=3, blend_ratio=0.5, distill_steps=13)
+    encoders = [m for m in objective.student.modules() if isinstance(m, asnn.SpikeEncoder)]
+    for step, share in ((3, 0.0), (4, 0.2), (8, 1.0), (12, 1.0)):
+        loss_of(objective, batch, step)
+        assert [m.blend for m in encoders] == pytest.approx([share] * 14)
 
 
 def test_spike_alignment_is_the_distance_from_the_teachers_own_ternary_code(distiller, batch):

@@ -20,7 +20,12 @@ STUDENTS = {
     "matrix at all sites": {"state_kind": "matrix", "head_dim": 16, "spike_sites": asnn.SITES,
                             "encoder_kind": "integer:3"},
     "delta at all sites": {"state_kind": "delta", "head_dim": 32, "spike_sites": asnn.SITES,
-                           "granularity": "channel"}}
+                           "granularity": "channel"},
+    "delta, two trains": {"state_kind": "delta", "head_dim": 8, "spike_sites": asnn.SITES,
+                          "spike_steps": 2, "rotated_sites": ("ffn_hidden", "mix_in"),
+                          "decay": "token", "decay_rank": 5},
+    "matrix, some": {"state_kind": "matrix", "head_dim": 8, "spike_sites": asnn.SITES[:-1],
+                     "spike_steps": {"v": 2, "ffn_in": 2}, "decay": "token", "decay_rank": 3}}
 FEW = ("vector", "matrix", "delta at all sites")
 EVERY = pytest.mark.parametrize("student", STUDENTS)
 SOME = pytest.mark.parametrize("student", FEW)
@@ -96,6 +101,11 @@ def same_state(a, b):
     ({"threshold": "mixed"}, "threshold is 'mixed'; allowed: token, mixed_fixed"),
     ({"spike_kind": "integer:128"}, "spike_kind is 'integer:128'; allowed: dense, binary, ternary"),
     ({"encoder_kind": "dense"}, "encoder_kind is 'dense'; allowed: ternary, integer:k"),
+    ({"spike_steps": 3}, "spike_steps is 3; allowed: 1, 2 or {site: 1 or 2} of k, v, mix_in"),
+    ({"spike_steps": {"q": 2}}, "spike_steps is {'q': 2}; allowed"),
+    ({"rotated_sites": ["ffn_in"]}, "rotated_sites is .*; allowed: spike sites before a Linear"),
+    ({"decay": "token"}, "decay is 'token'; allowed: constant for state vector"),
+    ({"decay_rank": 0}, "decay_rank is 0; allowed: a whole number from 1"),
     ({"spike_sites": ["k"]}, "spike_sites is .*; allowed: 'k', 'v' and any of mix_in"),
     ({"spike_sites": "kv"}, "spike_sites is 'kv'; allowed"),
     ({"spike_sites": asnn.SITES, "output_order": "project_first"}, "gate_first with the spike"),

@@ -9,7 +9,7 @@ DECAYS = {"1e-6": [1e-6] * D, "0.378": [0.378] * D, "0.9": [0.9] * D, "1-1e-6": 
           "mixed": [1e-6, 0.15, 0.378, 0.7, 0.95, 1 - 1e-6]}
 NAMES = ("r", "k", "v", "w", "state", "beta")
 FORMS = {"vector": asnn.RECURRENCES, "matrix": asnn.MATRIX_RECURRENCES,
-         "delta": asnn.MATRIX_RECURRENCES}
+         "delta": asnn.MATRIX_RECURRENCES, "delta, decays of tokens": asnn.MATRIX_RECURRENCES}
 RULES = pytest.mark.parametrize("rule", FORMS)
 EXACT = pytest.mark.parametrize("form", ["reference", "chunked"])
 
@@ -21,12 +21,14 @@ def inputs(rule, T, decay="mixed", dtype=torch.float64):
     r, k = (torch.randn(B, T, *heads, dtype=torch.float64) for _ in range(2))
     v = torch.randn(B, T, *more, dtype=torch.float64)
     beta = torch.rand(B, T, H, dtype=torch.float64)
-    if rule == "delta":
+    if rule.startswith("delta"):
         k = k / (k.square().sum(-1, keepdim=True) + 0.1).sqrt()
     state = torch.randn(B, *((D,) if rule == "vector" else (H, N, M)), dtype=wide)
     w = torch.tensor(DECAYS[decay], dtype=wide).view(heads)
+    if rule.endswith("tokens"):
+        w = w.flatten()[torch.randint(0, D, (B, T, *heads))]
     return (*(x.to(dtype) for x in (r, k, v)), w, state,
-            *((beta.to(dtype),) if rule == "delta" else ()))
+            *((beta.to(dtype),) if rule.startswith("delta") else ()))
 
 
 def pieces(function, cuts):
@@ -36,7 +38,8 @@ def pieces(function, cuts):
         for end in (*cuts, k.shape[1]):
             part = slice(start, end)
             more = () if beta is None else (beta[:, part],)
-            y, state = function(r[:, part], k[:, part], v[:, part], w, state, *more)
+            decay = w[:, part] if w.dim() == 4 else w
+            y, state = function(r[:, part], k[:, part], v[:, part], decay, state, *more)
             out.append(y)
             start = end
         return torch.cat(out, 1), state
@@ -74,7 +77,8 @@ def by_hand(rule, r, k, v, w, state, beta=None):
             for t in range(k.shape[1]):
                 key, value = k[b, t, h], v[b, t, h]
                 new = value if beta is None else beta[b, t, h] * (value - key @ S)
-                S = torch.diag(w[h].clamp_min(least)) @ S + torch.outer(key, new)
+                decay = w[b, t, h] if w.dim() == 4 else w[h]
+                S = torch.diag(decay.clamp_min(least)) @ S + torch.outer(key, new)
                 out[b, t, h] = r[b, t, h] @ S
             last[b, h] = S
     return (out.squeeze(-1), last.flatten(1)) if rule == "vector" else (out, last)
@@ -92,7 +96,7 @@ def test_every_form_is_the_rule_as_it_is_written(name, rule, decay):
 
 @RULES
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 64, 255])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 31, 32, 33, 64, 255, 1024])
 def test_chunked_is_the_loop_with_its_gradients(T, decay, rule):
     arguments = inputs(rule, T, decay)
     assert_same(with_gradients(FORMS[rule]["chunked"], arguments),

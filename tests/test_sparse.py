@@ -23,7 +23,9 @@ SIZES = [(1, 3), (7, 5), (33, 1), (64, 40), (257, 100)]  # X, out: odd, beside a
 KINDS = {"delta": {"state_kind": "delta", "projection_bias": True},
          "delta, counts": {"state_kind": "delta", "encoder_kind": "integer:3"},
          "matrix": {"state_kind": "matrix", "threshold": "mixed_fixed"},
-         "vector": {"state_kind": "vector"}}
+         "vector": {"state_kind": "vector"},
+         "delta, two trains": {"state_kind": "delta", "spike_steps": 2, "decay": "token",
+                               "rotated_sites": ("mix_in", "ffn_hidden")}}
 
 
 def spikes_of(n, X, density, levels=1):

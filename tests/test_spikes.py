@@ -21,13 +21,14 @@ def spike(alpha=1.0, width=C, **options):
     return module
 
 
-def encoder(kind="ternary", estimator="clipped", dtype=torch.float32):
+def encoder(kind="ternary", estimator="clipped", dtype=torch.float32, **options):
     """An encoder whose parameters are all away from their start values."""
-    module = asnn.SpikeEncoder(C, kind, estimator)
+    module = asnn.SpikeEncoder(C, kind, estimator, **options)
     with torch.no_grad():
         module.centre.copy_(0.3 * torch.randn(C))
-        module.alpha.copy_(0.5 + torch.rand(C))
-        module.amplitude.copy_(0.5 + torch.rand(C))
+        for name, p in module.named_parameters():
+            if name != "centre":
+                p.copy_((0.5 + torch.rand(C)) * p)
     return module.to(dtype)
 
 
@@ -225,11 +226,67 @@ def test_an_encoder_reads_centre_plus_amplitude_times_scale_times_spikes():
             torch.testing.assert_close(module(x)[b, t], expected)
 
 
+MORE = pytest.mark.parametrize("options", [{}, {"steps": 2}, {"rotated": True},
+                                           {"steps": 2, "rotated": True}], ids=str)
+
+
+def test_a_second_train_codes_what_the_first_left_and_each_is_ternary():
+    """By hand, of an encoder and of keys, whose first train stands for two thresholds."""
+    module, x, seen = encoder(steps=2), torch.randn(3, 7, C), []
+    keys = spike(0.7, steps=2)
+    with torch.no_grad():
+        keys.amplitude.fill_(1.3)
+    for site in (module, keys):
+        for train in (site.spikes, site.second):
+            train.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    y = x - module.centre
+    scale = y.abs().mean(-1, keepdim=True)
+    theta, height = module.alpha * scale, module.amplitude * scale
+    key = 0.7 * x.abs().mean(-1, keepdim=True)
+    for site, z, threshold, size, last in (
+            (module, y, theta, height, lambda code: module.centre + height * code),
+            (keys, x, key, 2 * key, lambda code: 1.3 * code)):
+        first = z.sign() * (z.abs() > threshold)
+        rest = z - size * first
+        second = rest.sign() * (rest.abs() > site.residual_alpha * threshold)
+        torch.testing.assert_close(site(x), last(first + site.residual_height * second))
+        assert torch.equal(seen[0], first) and torch.equal(seen[1], second)
+        assert second.unique().tolist() == [-1, 0, 1] and not torch.equal(first, second)
+        seen.clear()
+
+
+def test_a_dense_twin_has_no_second_train_and_no_rotation():
+    for module in (spike(kind="dense", steps=2), encoder("dense", steps=2, rotated=True)):
+        x = torch.randn(2, 5, C)
+        assert module.second is None and torch.equal(module(x), x)
+
+
+def test_a_rotation_mixes_blocks_of_channels_keeps_length_and_undoes_itself():
+    for width in (16, 96, 256, 768):
+        x, block = torch.randn(2, 3, width), {16: 16, 96: 32}.get(width, 128)
+        turned = asnn._rotate(x)
+        torch.testing.assert_close(asnn._rotate(turned), x)
+        torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+        one = asnn._rotate(torch.eye(width)[3])
+        assert (one.nonzero().flatten().tolist() == [*range(block)])
+        torch.testing.assert_close(one[:block].abs(), torch.full((block,), block**-0.5))
+
+
+@MORE
+def test_an_encoder_blends_with_its_input_in_training_alone(options):
+    module, x = encoder(**options).train(), torch.randn(2, 5, C)
+    coded, module.blend = module(x), 0.25
+    torch.testing.assert_close(module(x), 0.75 * x + 0.25 * coded)
+    assert torch.equal(module.eval()(x), coded) and asnn.SpikeEncoder.blend == 1
+
+
+@MORE
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["ternary", "integer:3"])
-def test_a_linear_absorbs_all_of_an_encoder_but_spikes_and_scale(kind, bias, dtype, tolerance):
-    module = encoder(kind, dtype=dtype)
+def test_a_linear_absorbs_all_of_an_encoder_but_spikes_and_scale(kind, bias, dtype, tolerance,
+                                                                 options):
+    module = encoder(kind, dtype=dtype, **options)
     linear = torch.nn.Linear(C, 11, bias=bias, dtype=dtype)
     kept = [p.clone() for p in linear.parameters()]
     x = (3 * torch.randn(2, 9, C) + 1).to(dtype)
@@ -241,28 +298,33 @@ def test_a_linear_absorbs_all_of_an_encoder_but_spikes_and_scale(kind, bias, dty
     assert not torch.allclose(scale * (spikes @ linear.weight.t()), got, rtol=0.1)
 
 
-@pytest.mark.parametrize("kind, low, high", [("ternary", 0.185, 0.2), ("integer:3", 0.056, 0.075)])
-def test_calibration_comes_close_to_the_optimum_of_a_gaussian(kind, low, high):
+@pytest.mark.parametrize("kind, low, high, options", [
+    ("ternary", 0.185, 0.2, {}), ("integer:3", 0.056, 0.075, {}),
+    ("ternary", 0.03, 0.045, {"steps": 2}), ("ternary", 0.185, 0.2, {"rotated": True})])
+def test_calibration_comes_close_to_the_optimum_of_a_gaussian(kind, low, high, options):
     """Channels with their own offsets and scales; error over variance. The optima are 0.190 and
-    0.061 (evenly spaced levels); counts have a threshold above theirs, which saves events."""
+    0.061 (evenly spaced levels); counts have a threshold above theirs, which saves events. Two
+    trains have nine levels (0.03, evenly spaced), with rates inside their band."""
     offset, size = 2 * torch.randn(256), torch.rand(256) + 0.2
     x, other = (offset + size * torch.randn(4, 512, 256) for _ in range(2))
 
     def error(module):
         return ((module(other) - other).square().sum() / (other - offset).square().sum()).item()
-    module, flat = asnn.SpikeEncoder(256, kind), asnn.SpikeEncoder(256, kind)
+    module, flat = (asnn.SpikeEncoder(256, kind, **options) for _ in range(2))
     before = error(module)
     module.calibrate(x)
     flat.calibrate(x.flatten(0, 1).requires_grad_())  # any leading shape, and no gradient
     assert low < error(module) < high < before
-    torch.testing.assert_close(module.centre, offset, rtol=0, atol=0.2)
+    middle = asnn._rotate(offset) if options.get("rotated") else offset
+    torch.testing.assert_close(module.centre, middle, rtol=0, atol=0.2)
     for a, b in zip(module.parameters(), flat.parameters()):
         assert torch.equal(a, b) and a.requires_grad and b.grad is None
 
 
+@MORE
 @pytest.mark.parametrize("kind", ["ternary", "integer:3"])
-def test_gradients_reach_all_of_an_encoder_and_its_input(kind):
-    module, x = encoder(kind), torch.randn(2, 60, C, requires_grad=True)
+def test_gradients_reach_all_of_an_encoder_and_its_input(kind, options):
+    module, x = encoder(kind, **options), torch.randn(2, 60, C, requires_grad=True)
     (module(x) - x.detach()).square().sum().backward()
     for p in (*module.parameters(), x):
         assert p.grad.isfinite().all() and p.grad.reshape(-1, C).any(0).all()
