@@ -1473,7 +1473,7 @@ class Distiller(nn.Module):
             if want_ce or recipe.ce_weight:
                 terms["ce"] = ce
             if answers is not None:
-                recalled = 0.0 * loss
+                recalled = loss.new_zeros(())
                 if asked.any():  # all windows with facts have equally many answers
                     recalled = asked.any(1).float().mean() * distillation_loss(
                         whole[asked], head, labels=answers[asked], ce_weight=1.0).loss
@@ -2652,8 +2652,8 @@ class _RecallFacts:
         slots = offset + 3 * rng.permutation((len(row) - offset) // 3)[:2 * count]
         first, again = np.sort(slots.reshape(2, count), 0)
         keys, values = rng.choice(self.keys, count, replace=False), rng.choice(self.values, count)
-        for start in (first, again):
-            for i, token in enumerate((self.marker, keys, values)):
+        for i, token in enumerate((self.marker, keys, values)):
+            for start in (first, again):
                 row[start + i], label[start + i] = token, -100
         answer[again + 2] = values
         parts = {"input_ids": row[:-1], "labels": label[1:], "answers": answer[1:]}

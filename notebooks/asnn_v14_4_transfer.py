@@ -305,11 +305,10 @@ asnn.show_table(samples, prose=True)
 # %% [markdown]
 # ## Recall and generation
 # Perplexity hardly asks what a state remembers. Here one made-up fact, "marker KEY VALUE", stands
-# somewhere in test text, which ends with "marker KEY": the answer is right where VALUE has the
-# highest logit of all 64 candidates. Keys and values are frequent words, the marker is the rarest
-# token. Windows are up to eight times as long as in training; a GPT-2 ends at its positions.
-# And models write on from test prompts, at temperature 1: *generation gap* is the teacher's PPL of
-# what a model wrote over its PPL of its own; repetition, the share of 4-grams written before.
+# somewhere in test text that ends with "marker KEY", and VALUE has to get the highest logit of all
+# candidates. Keys and values are frequent words, the marker is the rarest token. Windows are up to
+# eight times as long as in training. Then models write on from test prompts, at temperature 1: the
+# gap is the teacher's PPL of what a model wrote over its PPL of its own.
 
 # %%
 def retrieval_windows(facts, tokens, length, count, seed):
@@ -385,10 +384,9 @@ def generation_gap(models, teacher, tokens, seq_len, count, seed):
 def beyond_perplexity(task, models):
     """{"recall", "generation"}: rows of the two functions above, in sizes that fit the profile."""
     windows, prompts = {"tiny": (16, 4), "cpu": (64, 16)}.get(task.recipe.profile, (200, 64))
-    place = task.tokens["test"], task.recipe.seq_len
-    all_models = {"teacher": task.teacher, **models}
-    return {"recall": recall_by_length(all_models, task.facts(), *place, windows, 0),
-            "generation": generation_gap(models, task.teacher, *place, prompts, 0)}
+    place, known = (task.tokens["test"], task.recipe.seq_len), {"teacher": task.teacher, **models}
+    return {"recall": recall_by_length(known, task.facts(), *place, windows, seed=0),
+            "generation": generation_gap(models, task.teacher, *place, prompts, seed=0)}
 
 
 # %%
@@ -397,18 +395,16 @@ def show_beyond(found, chance):
     frame = pd.DataFrame(found["recall"])
     cells = frame.apply("{0.recall:.2f} ({0.low:.2f} to {0.high:.2f})".format, axis=1)
     table = frame.assign(cells=cells).pivot(index="model", columns="length", values="cells")
-    asnn.show_table(table.fillna("too long for it").reset_index().to_dict("records"))
+    asnn.show_table(table.fillna("too long").reset_index().to_dict("records"))
     asnn.show_table(pd.DataFrame(found["generation"]).round(3).to_dict("records"))
     figure, axes = plt.subplots(figsize=(7, 3.4))
     for (name, rows), marker in zip(frame.groupby("model", sort=False), "os^v"):
         errors = rows["recall"] - rows["low"], rows["high"] - rows["recall"]
         axes.errorbar(rows["length"], rows["recall"], errors, marker=marker, capsize=3, label=name)
     axes.axhline(chance, color="#444444", linestyle="--", label=f"chance, {chance:.3f}")
-    axes.set(xscale="log", xlabel="tokens in a window", ylabel="right answers", ylim=(0, 1.05),
-             title="Recall of one fact by length")
-    ticks = sorted(frame["length"].unique())
-    axes.set_xticks(ticks, ticks)
-    axes.minorticks_off()
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens in a window", ylabel="share of right answers", ylim=(0, 1.05),
+             xticks=(ticks := frame["length"].unique()), xticklabels=ticks)
     axes.legend()
     return figure
 
@@ -508,7 +504,8 @@ taxes = measure_tax(task, run, wanted if result.finished else (), tax_steps, kno
 if taxes:
     twin = json.loads((run.folder / "tax.json").read_text())[f"dense-{seed}-{tax_steps}"]
     for name in beyond:  # the teacher's rows are there already
-        metrics[name] = beyond[name] + [row for row in twin[name] if row["model"] != "teacher"]
+        rows = twin.get(name, ())  # none of a run that an earlier version began
+        metrics[name] = beyond[name] + [row for row in rows if row["model"] != "teacher"]
     run.show(show_beyond(metrics, chance), "retrieval")
     asnn.show_table(pd.DataFrame(taxes).round(4).to_dict("records"))
     values = pd.Series([row["tax"] for row in taxes])

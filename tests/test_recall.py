@@ -1,0 +1,169 @@
+"""Recall and generation: made-up facts in training windows and how they are learned, what a model
+remembers by length, what the teacher says of what it writes."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import definitions
+from torch.nn.functional import cross_entropy
+
+import asnn_common as asnn
+from test_training import same
+
+PAGE = definitions("asnn_v14_4_transfer")
+V, T = 40, 30
+FACTS = asnn._RecallFacts(39, np.arange(1, 9), np.arange(10, 18))
+TOKENS = np.random.default_rng(0).integers(20, 39, 900).astype(np.uint16)  # no fact in the text
+
+
+def windows(share=0.5, seed=0):
+    made = asnn._Windows(TOKENS, T, seed, 200)
+    made.facts, made.recall_share = FACTS, share
+    return made
+
+
+def with_facts(made):
+    return [i for i in range(len(made)) if (made[i]["answers"] >= 0).any()]
+
+
+class Model(torch.nn.Module):
+    """`rule`: ids (B, T) -> logits (B, T, V); it has no cache and reads `reach` tokens."""
+
+    def __init__(self, rule, reach=10**6):
+        super().__init__()
+        self.rule, self.config = rule, SimpleNamespace(max_position_embeddings=reach)
+        self.device = torch.device("cpu")
+
+    def forward(self, ids, use_cache=None, logits_to_keep=0):
+        return asnn._GooseOutput(logits=self.rule(ids)[:, -logits_to_keep:])
+
+
+def look_up(ids):
+    """What followed the last two tokens where they first stood."""
+    logits = torch.zeros(*ids.shape, V)
+    for row, out in zip(ids.tolist(), logits):
+        places = [i for i in range(len(row) - 2) if row[i:i + 2] == row[-2:]]
+        out[-1, row[places[0] + 2]] = 1.0
+    return logits
+
+
+def test_keys_and_values_are_frequent_words_and_the_marker_is_rare(task, tokens, tokenizer):
+    facts, counts = task.facts(), np.bincount(tokens["train"], minlength=len(tokenizer))
+    words = tokenizer.batch_decode([[i] for i in (*facts.keys, *facts.values)])
+    assert len(set(words)) == len(words) and len(facts.keys) >= len(facts.values) >= 2
+    assert all(word[0] == " " and len(word) > 3 and word[1:].isalpha() for word in words)
+    assert counts[facts.keys[0]] >= counts[facts.values[0]] >= counts[facts.keys[-1]] > 0
+    assert counts[facts.marker] == counts.min()
+
+
+def test_a_window_with_facts_is_text_but_for_them_and_asks_each_once():
+    made, plain, gaps = windows(), asnn._Windows(TOKENS, T, 0, 200), []
+    for i in with_facts(made):
+        ids, answers, labels = (made[i][name] for name in ("input_ids", "answers", "labels"))
+        asked, row = (answers >= 0).nonzero().flatten().tolist(), ids.tolist()
+        assert len(asked) == 3  # of T = 30
+        for place in asked:
+            first = row.index(row[place]) - 1
+            assert row[place] in FACTS.keys and answers[place] in FACTS.values
+            assert row[first:first + 2] == row[place - 1:place + 1] == [FACTS.marker, row[place]]
+            assert row[first + 2] == answers[place] and first + 3 < place
+            gaps.append(place - first)
+        text = ids == plain[i]["input_ids"]
+        assert torch.equal(labels[:-1] >= 0, text[1:]) and 12 <= int(text.sum()) <= 14
+        assert torch.equal(labels[labels >= 0], plain[i]["labels"][labels >= 0])
+    assert min(gaps) == 4 and max(gaps) > 24  # near and far
+
+
+def test_facts_are_a_function_of_the_position_alone_and_as_frequent_as_stated():
+    made, again = windows(), windows()
+    assert all([same(made[i], again[i]) for i in reversed(range(40))])
+    assert with_facts(made) != with_facts(windows(seed=1))
+    for share in (0.1, 0.5, 0.9):
+        assert len(with_facts(windows(share))) / 200 == pytest.approx(share, abs=0.08)
+
+
+def test_without_a_share_nothing_changes(small_task):
+    task = small_task("v14.4", recall_share=0.0, align_steps=0)
+    made, plain = task.windows(task.recipe), asnn._Windows(task.tokens["train"], 16, 42)
+    for i in range(12):
+        assert made[i].keys() == {"input_ids", "labels"} and same(made[i], plain[i])
+    objective, results = asnn.Distiller(task.build_student(), task.teacher, task.recipe), []
+    for answers in ({}, {"answers": torch.full((1, 16), -100)}):
+        loss, terms = objective(**{name: part[None] for name, part in made[0].items()}, **answers)
+        results.append(dict(enumerate(torch.autograd.grad(loss, [*objective.parameters()]))))
+    assert same(*results) and terms["recall"] == 0
+    with pytest.raises(ValueError, match=r"recall_share is 1.0; allowed: a number in \[0, 1\)"):
+        task.recipe.replace(recall_share=1.0)
+
+
+def test_answers_are_learned_from_labels_and_not_from_the_teacher(small_task):
+    task = small_task("v14.4", recall_share=0.5, align_steps=0)
+    made, student = task.windows(task.recipe), task.build_student()
+    items = [made[i] for i in range(4)]
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    asked, share = batch["answers"] >= 0, float((batch["answers"] >= 0).any(1).float().mean())
+    assert 0 < share < 1
+    loss, terms = asnn.Distiller(student, task.teacher, task.recipe)(**batch)
+    ours, theirs = (model(batch["input_ids"]).logits.log_softmax(-1)
+                    for model in (student, task.teacher))
+    kd = (theirs.exp() * (theirs - ours)).sum(-1)[~asked].mean()
+    ce = cross_entropy(ours[~asked], batch["labels"][~asked])
+    recall = share * cross_entropy(ours[asked], batch["answers"][asked])
+    torch.testing.assert_close(torch.stack((loss, terms["recall"])),
+                               torch.stack((kd + 0.2 * ce + recall, recall)))
+
+
+def test_a_run_with_facts_resumes_to_the_bit(small_task, tmp_path):
+    task = small_task("v14.4", recall_share=0.5, distill_steps=6, align_steps=1)
+    whole, result = asnn.distil(task)
+    asnn.distil(task, folder=tmp_path, max_steps=3)
+    resumed, _ = asnn.distil(task, folder=tmp_path)
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert all(row["recall"] >= 0 for row in result.log if "kd" in row)
+
+
+def test_who_looks_up_is_always_right_and_who_does_not_guesses():
+    models = {"oracle": Model(look_up), "short": Model(look_up, T),
+              "blind": Model(lambda ids: torch.linspace(0, 1, V).expand(*ids.shape, V))}
+    rows = PAGE.recall_by_length(models, FACTS, TOKENS, T, 160, 0)
+    assert [row["length"] for row in rows if row["model"] == "oracle"] == [30, 60, 120, 240]
+    assert [row["length"] for row in rows if row["model"] == "short"] == [30]
+    assert all(row["low"] < 1 / 8 < row["high"] < 0.25 if row["model"] == "blind" else
+               row["recall"] == 1 and row["low"] > 0.97 for row in rows)
+    places = PAGE.retrieval_windows(FACTS, TOKENS, T, 400, 0)[0] == FACTS.marker
+    assert set(places.int().argmax(1).tolist()) == set(range(T - 4)) and (places.sum(1) == 2).all()
+
+
+def test_an_untrained_student_is_at_chance(task, student):
+    facts = task.facts()
+    rows = PAGE.recall_by_length({"student": student}, facts, task.tokens["test"], 16, 200, 0)
+    assert [row["low"] <= 1 / len(facts.values) <= row["high"] for row in rows] == [True] * 4
+
+
+def test_the_teacher_has_no_gap_to_itself_and_noise_a_large_one(task, teacher, tokens):
+    noise = asnn.GooseForCausalLM(task.build_student().config)
+    torch.nn.init.zeros_(noise.goose.embeddings.weight)  # the head: every token is as likely
+    models = {"again": teacher, "noise": noise}
+    own, again, noisy = PAGE.generation_gap(models, teacher, tokens["test"], 16, 12, 0)
+    assert own["gap"] == again["gap"] == 1 and own["standard_error"] == 0
+    assert noisy["gap"] > 20 and noisy["PPL"] == pytest.approx(noisy["gap"] * own["PPL"])
+
+
+def test_continuations_are_drawn_from_the_models_own_distribution(teacher, tokens):
+    prompts = torch.from_numpy(tokens["test"][:8].astype(np.int64)).repeat(600, 1)
+    written = PAGE.write_on(teacher, prompts, 2, 0)
+    assert torch.equal(written, PAGE.write_on(teacher, prompts, 2, 0)) and len(written) == 600
+    token = written[:, 0].mode().values
+    follow = written[written[:, 0] == token][:, 1]  # came through the cache
+    ids = torch.cat((prompts[0], token[None]))[None]
+    chance, top = teacher(ids).logits[0, -1].softmax(-1).max(-1)
+    error = (chance * (1 - chance) / len(follow)) ** 0.5
+    assert abs((follow == top).float().mean() - chance) < 4 * error
+
+
+def test_repetition_is_the_share_of_ngrams_that_came_before():
+    constant, fresh = torch.zeros(1, 103), torch.arange(103)[None]
+    assert PAGE.repetition(constant) == 0.99 and PAGE.repetition(fresh) == 0
+    assert PAGE.repetition(torch.cat((constant, fresh))) == 0.495
+    assert PAGE.repetition(torch.arange(10).repeat(2)[None]) == 7 / 17
