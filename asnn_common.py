@@ -1446,7 +1446,7 @@ class Distiller(nn.Module):
                 answers: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """input_ids, labels (B, T) -> loss and its terms, unweighted, `tau` and `lambda` too. Where
         `answers` (B, T) are not negative (_RecallFacts) the teacher, which cannot know them, is not
-        asked: a window adds its mean cross-entropy there."""
+        asked: the mean cross-entropy there is added."""
         recipe, teacher, theirs, known = self.recipe, self.teacher, {}, None
         if teacher is not None:
             layers = {*self._ends, *(t for _, t in self._pairs)} | ({0} if self._ends else set())
@@ -1474,9 +1474,9 @@ class Distiller(nn.Module):
                 terms["ce"] = ce
             if answers is not None:
                 recalled = loss.new_zeros(())
-                if asked.any():  # all windows with facts have equally many answers
-                    recalled = asked.any(1).float().mean() * distillation_loss(
-                        whole[asked], head, labels=answers[asked], ce_weight=1.0).loss
+                if asked.any():
+                    recalled = distillation_loss(whole[asked], head, labels=answers[asked],
+                                                 ce_weight=1.0).loss
                 terms["recall"], loss = recalled.detach(), loss + recalled
         for name, weight, value in self._others(step, ours, theirs):
             terms[name], loss = value, loss + weight * value
@@ -2644,18 +2644,19 @@ class _RecallFacts:
         return cls(int(counts.argmin()), np.array(words[::2]), np.array(words[1::2]))
 
     def training_window(self, row: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        """A window row (T + 1,) of text, with a fact for every ten tokens and each asked for once,
-        as `input_ids`, `labels` and `answers` (T,): -100 in labels where the next token is not the
-        text's, in answers where it is not a VALUE that was asked for."""
+        """A window row (T + 1,) of text, three fifths of it facts: one to a tenth of its length,
+        some windows being easy, all told again in any order, as `input_ids`, `labels` and `answers`
+        (T,): -100 in labels where the next token is not the text's, in answers where it is not the
+        VALUE of a fact told before."""
         row, label, answer = row.copy(), row.copy(), np.full_like(row, -100)
-        count, offset = min(max(1, len(row) // 10), len(self.keys)), rng.integers(3)
-        slots = offset + 3 * rng.permutation((len(row) - offset) // 3)[:2 * count]
-        first, again = np.sort(slots.reshape(2, count), 0)
-        keys, values = rng.choice(self.keys, count, replace=False), rng.choice(self.values, count)
-        for i, token in enumerate((self.marker, keys, values)):
-            for start in (first, again):
-                row[start + i], label[start + i] = token, -100
-        answer[again + 2] = values
+        most, offset = min(max(1, len(row) // 10), len(self.keys)), rng.integers(3)
+        slots = offset + 3 * np.sort(rng.permutation((len(row) - offset) // 3)[:2 * most])
+        told = rng.permutation(np.arange(2 * most) % rng.integers(1, most + 1))  # fact of each slot
+        keys, values = rng.choice(self.keys, most, replace=False), rng.choice(self.values, most)
+        for i, token in enumerate((self.marker, keys[told], values[told])):
+            row[slots + i], label[slots + i] = token, -100
+        answer[slots + 2] = values[told]
+        answer[slots[np.unique(told, return_index=True)[1]] + 2] = -100  # told for the first time
         parts = {"input_ids": row[:-1], "labels": label[1:], "answers": answer[1:]}
         return {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
 

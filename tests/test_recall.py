@@ -1,5 +1,4 @@
-"""Recall and generation: made-up facts in training windows and how they are learned, what a model
-remembers by length, what the teacher says of what it writes."""
+"""Made-up facts in training windows, what a model remembers by length and what it writes."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,33 +17,28 @@ TOKENS = np.random.default_rng(0).integers(20, 39, 900).astype(np.uint16)  # no 
 
 
 def windows(share=0.5, seed=0):
+    """(windows, the positions where they have facts)."""
     made = asnn._Windows(TOKENS, T, seed, 200)
     made.facts, made.recall_share = FACTS, share
-    return made
+    return made, [i for i in range(len(made)) if (made[i]["answers"] >= 0).any()]
 
 
-def with_facts(made):
-    return [i for i in range(len(made)) if (made[i]["answers"] >= 0).any()]
-
-
-class Model(torch.nn.Module):
-    """`rule`: ids (B, T) -> logits (B, T, V); it has no cache and reads `reach` tokens."""
+class Model:
+    """`rule`: ids (B, T) -> logits (B, 1, V); it reads `reach` tokens."""
     def __init__(self, rule, reach=10**6):
-        super().__init__()
         self.rule, self.device = rule, "cpu"
         self.config = SimpleNamespace(max_position_embeddings=reach)
 
-    def forward(self, ids, use_cache=None, logits_to_keep=0):
-        return asnn._GooseOutput(logits=self.rule(ids)[:, -logits_to_keep:])
+    def __call__(self, ids, use_cache, logits_to_keep):
+        return SimpleNamespace(logits=self.rule(ids))
 
 
 def look_up(ids):
     """What followed the last two tokens where they first stood."""
-    logits = torch.zeros(*ids.shape, V)
-    for row, out in zip(ids.tolist(), logits):
-        first = next(i for i in range(len(row)) if row[i:i + 2] == row[-2:])
-        out[-1, row[first + 2]] = 1.0
-    return logits
+    rows = ids.tolist()
+    places = [next(i for i in range(len(row)) if row[i:i + 2] == row[-2:]) for row in rows]
+    found = torch.tensor([row[place + 2] for row, place in zip(rows, places)])
+    return torch.nn.functional.one_hot(found, V)[:, None]
 
 
 def test_keys_and_values_are_frequent_words_and_the_marker_is_rare(task, tokens, tokenizer):
@@ -56,29 +50,30 @@ def test_keys_and_values_are_frequent_words_and_the_marker_is_rare(task, tokens,
     assert counts[facts.marker] == counts.min()
 
 
-def test_a_window_with_facts_is_text_but_for_them_and_asks_each_once():
-    made, plain, gaps = windows(), asnn._Windows(TOKENS, T, 0, 200), []
-    for i in with_facts(made):
+def test_a_window_with_facts_is_text_but_for_them_and_asks_for_what_it_told():
+    (made, places), plain, gaps, counts = windows(), asnn._Windows(TOKENS, T, 0, 200), [], set()
+    for i in places:
         ids, answers, labels = (made[i][name] for name in ("input_ids", "answers", "labels"))
         asked, row = (answers >= 0).nonzero().flatten().tolist(), ids.tolist()
-        assert len(asked) == 3  # of T = 30
+        told = len({row[j + 1] for j in range(T - 1) if row[j] == FACTS.marker})
+        assert 1 <= told <= 3 and len(asked) >= 5 - told  # of six slots, the last maybe at the end
         for place in asked:
             first = row.index(row[place]) - 1
             assert row[place] in FACTS.keys and answers[place] in FACTS.values
             assert row[first:first + 2] == row[place - 1:place + 1] == [FACTS.marker, row[place]]
             assert row[first + 2] == answers[place] and first + 3 < place
             gaps.append(place - first)
-        text = ids == plain[i]["input_ids"]
+        text, counts = ids == plain[i]["input_ids"], counts | {told}
         assert torch.equal(labels[:-1] >= 0, text[1:]) and 12 <= int(text.sum()) <= 14
         assert torch.equal(labels[labels >= 0], plain[i]["labels"][labels >= 0])
-    assert min(gaps) == 4 and max(gaps) > 24  # near and far
+    assert min(gaps) == 4 and max(gaps) > 24 and counts == {1, 2, 3}  # near and far, few and many
 
 
 def test_facts_are_a_function_of_the_position_alone_and_as_frequent_as_stated():
-    made, again = windows(), windows()
+    (made, places), (again, _) = windows(), windows()
     assert all([same(made[i], again[i]) for i in reversed(range(40))])
-    assert with_facts(made) != with_facts(windows(seed=1))
-    counts = [len(with_facts(windows(share))) for share in (0.1, 0.5, 0.9)]
+    assert places != windows(seed=1)[1]
+    counts = [len(windows(share)[1]) for share in (0.1, 0.5, 0.9)]
     assert counts == pytest.approx([20, 100, 180], abs=16)
 
 
@@ -100,15 +95,14 @@ def test_answers_are_learned_from_labels_and_not_from_the_teacher(small_task):
     made, student = task.windows(task.recipe), task.build_student()
     batch = torch.utils.data.default_collate([made[i] for i in range(4)])
     asked = batch["answers"] >= 0
-    share = float(asked.any(1).float().mean())
+    assert 0 < asked.any(1).sum() < 4
     loss, terms = asnn.Distiller(student, task.teacher, task.recipe)(**batch)
     ours, theirs = (model(batch["input_ids"]).logits.log_softmax(-1)
                     for model in (student, task.teacher))
     kd = (theirs.exp() * (theirs - ours)).sum(-1)[~asked].mean()
     ce = cross_entropy(ours[~asked], batch["labels"][~asked])
-    recall = share * cross_entropy(ours[asked], batch["answers"][asked])
-    torch.testing.assert_close(torch.stack((loss, terms["recall"])),
-                               torch.stack((kd + 0.2 * ce + recall, recall)))
+    recall = cross_entropy(ours[asked], batch["answers"][asked])
+    torch.testing.assert_close((loss, terms["recall"]), (kd + 0.2 * ce + recall, recall.detach()))
 
 
 def test_a_run_with_facts_resumes_to_the_bit(small_task, tmp_path):
@@ -117,12 +111,12 @@ def test_a_run_with_facts_resumes_to_the_bit(small_task, tmp_path):
     asnn.distil(task, folder=tmp_path, max_steps=3)
     resumed, _ = asnn.distil(task, folder=tmp_path)
     assert same(whole.state_dict(), resumed.state_dict())
-    assert all(row["recall"] >= 0 for row in result.log if "kd" in row)
+    assert any(row.get("recall", 0) > 0 for row in result.log)
 
 
-def test_who_looks_up_is_always_right_and_who_does_not_guesses():
+def test_who_looks_up_is_always_right_and_who_does_not_guesses(task, student):
     models = {"oracle": Model(look_up), "short": Model(look_up, T),
-              "blind": Model(lambda ids: torch.linspace(0, 1, V).expand(*ids.shape, V))}
+              "blind": Model(lambda ids: torch.linspace(0, 1, V).expand(len(ids), 1, V))}
     rows = PAGE.recall_by_length(models, FACTS, TOKENS, T, 160, 0)
     assert [row["length"] for row in rows if row["model"] == "oracle"] == [30, 60, 120, 240]
     assert [row["length"] for row in rows if row["model"] == "short"] == [30]
@@ -130,16 +124,13 @@ def test_who_looks_up_is_always_right_and_who_does_not_guesses():
                row["recall"] == 1 and row["low"] > 0.97 for row in rows)
     places = PAGE.retrieval_windows(FACTS, TOKENS, T, 400, 0)[0] == FACTS.marker
     assert set(places.int().argmax(1).tolist()) == set(range(T - 4)) and (places.sum(1) == 2).all()
-
-
-def test_an_untrained_student_is_at_chance(task, student):
     facts = task.facts()
     rows = PAGE.recall_by_length({"student": student}, facts, task.tokens["test"], 16, 200, 0)
     assert [row["low"] <= 1 / len(facts.values) <= row["high"] for row in rows] == [True] * 4
 
 
 def test_the_teacher_has_no_gap_to_itself_and_noise_a_large_one(task, teacher, tokens):
-    noise = asnn.GooseForCausalLM(task.build_student().config)
+    noise = task.build_student()
     torch.nn.init.zeros_(noise.goose.embeddings.weight)  # the head: every token is as likely
     models = {"again": teacher, "noise": noise}
     own, again, noisy = PAGE.generation_gap(models, teacher, tokens["test"], 16, 12, 0)
@@ -153,8 +144,8 @@ def test_continuations_are_drawn_from_the_models_own_distribution(teacher, token
     assert torch.equal(written, PAGE.write_on(teacher, prompts, 2, 0)) and len(written) == 600
     token = written[:, 0].mode().values
     follow = written[written[:, 0] == token][:, 1]  # came through the cache
-    ids = torch.cat((prompts[0], token[None]))[None]
-    chance, top = teacher(ids).logits[0, -1].softmax(-1).max(-1)
+    logits = teacher(torch.cat((prompts[0], token[None]))[None]).logits
+    chance, top = logits[0, -1].softmax(-1).max(-1)
     error = (chance * (1 - chance) / len(follow)) ** 0.5
     assert abs((follow == top).float().mean() - chance) < 4 * error
 
