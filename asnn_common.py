@@ -1585,9 +1585,11 @@ class Distiller(nn.Module):
             self.fdd_killed.fill_(True)
         self.best_ppl.clamp_(max=ppl)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0,
-                want_ce: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """input_ids, labels (B, T) -> loss and its terms, unweighted, `tau` and `lambda` too."""
+    def forward(self, input_ids: Tensor, labels: Tensor, step: int = 0, want_ce: bool = True,
+                answers: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """input_ids, labels (B, T) -> loss and its terms, unweighted, `tau` and `lambda` too. Where
+        `answers` (B, T) are not negative (_RecallFacts) the teacher, which cannot know them, is not
+        asked: the mean cross-entropy there is added."""
         recipe, teacher, theirs, known = self.recipe, self.teacher, {}, None
         if teacher is not None:
             layers = {*self._ends, *(t for _, t in self._pairs)} | ({0} if self._ends else set())
@@ -1605,15 +1607,25 @@ class Distiller(nn.Module):
                 {s for s, _ in self._pairs})
             with _capture_blocks(self.student, seen) as ours:
                 hidden = self.student.base_model(input_ids, use_cache=False).last_hidden_state
+            head = self.student.get_output_embeddings().weight
+            if answers is not None:
+                asked, whole = answers >= 0, hidden
+                hidden, labels = hidden[~asked], labels[~asked]
+                known = known[~asked.to(known.device)]
             progress = step / recipe.distill_steps
             tau = self.temperature(progress)
-            loss, kd, ce = distillation_loss(
-                hidden, self.student.get_output_embeddings().weight, known, self._head, tau, labels,
-                recipe.kd_weight, recipe.ce_weight, want_ce)
+            loss, kd, ce = distillation_loss(hidden, head, known, self._head, tau, labels,
+                                             recipe.kd_weight, recipe.ce_weight, want_ce)
             terms = {"kd": kd, "tau": tau.detach(),
                      "lambda": torch.tensor(self.temperature.strength(progress))}
             if want_ce or recipe.ce_weight:
                 terms["ce"] = ce
+            if answers is not None:
+                recalled = loss.new_zeros(())
+                if asked.any():
+                    recalled = distillation_loss(whole[asked], head, labels=answers[asked],
+                                                 ce_weight=1.0).loss
+                terms["recall"], loss = recalled.detach(), loss + recalled
         for name, weight, value in self._others(step, ours, theirs, input_ids):
             terms[name], loss = value, loss + weight * value
         return loss, terms
@@ -2133,6 +2145,7 @@ class Recipe:
     fdd_start: int = 500
     layer_map: tuple[tuple[int, int], ...] = ((0, 2), (2, 7), (4, 11))
     curriculum: Literal["none", "pocl"] = "none"
+    recall_share: float = 0.0
     # optimisation
     distill_steps: int = 5000
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -2157,7 +2170,8 @@ class Recipe:
     ZERO = {"kd_weight", "ce_weight", "hidden_weight", "fdd_weight", "variance_penalty", "seed",
             "rate_weight", "spike_align_weight", "weight_decay", "fdd_start", "align_steps",
             "twin_weight"}
-    SHARES = {"warmup_ratio", "lambda_warmup_ratio", "beta2", "blend_ratio"}  # in [0, 1)
+    SHARES = {"warmup_ratio", "lambda_warmup_ratio", "beta2", "blend_ratio",  # in [0, 1)
+              "recall_share"}
 
     def __post_init__(self):
         for name, kind in _type_hints(Recipe).items():
@@ -2784,10 +2798,50 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
     return model.eval(), tokenizer, name
 
 
+@dataclass(frozen=True)
+class _RecallFacts:
+    """Made-up facts that a model can only know by remembering them: "marker KEY VALUE" takes the
+    place of three tokens of a text, and after "marker KEY" later in the window comes VALUE again.
+    Keys and values are frequent words; the marker, the rarest token, tells them from the text's."""
+
+    marker: int
+    keys: np.ndarray  # (at most 64,)
+    values: np.ndarray  # (at most 64,), none of them a key
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, tokenizer: Any) -> _RecallFacts:
+        """The facts of a train split; the two take turns in the list of its most frequent words."""
+        counts = np.bincount(tokens[:2**22], minlength=len(tokenizer))[:len(tokenizer)]
+        names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        words = [i for i in np.argsort(-counts, kind="stable") if counts[i] and len(names[i]) > 3
+                 and names[i][0] in "\u0120\u2581" and names[i][1:].isalpha()][:128]
+        _require(len(words) >= 4, "frequent words that are one token", len(words), "at least 4")
+        return cls(int(counts.argmin()), np.array(words[::2]), np.array(words[1::2]))
+
+    def training_window(self, row: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        """A window row (T + 1,) of text, three fifths of it facts: one to a tenth of its length,
+        some windows being easy, all told again in any order, as `input_ids`, `labels` and `answers`
+        (T,): -100 in labels where the next token is not the text's, in answers where it is not the
+        VALUE of a fact told before."""
+        row, label, answer = row.copy(), row.copy(), np.full_like(row, -100)
+        most, offset = min(max(1, len(row) // 10), len(self.keys)), rng.integers(3)
+        slots = offset + 3 * np.sort(rng.permutation((len(row) - offset) // 3)[:2 * most])
+        told = rng.permutation(np.arange(2 * most) % rng.integers(1, most + 1))  # fact of each slot
+        keys, values = rng.choice(self.keys, most, replace=False), rng.choice(self.values, most)
+        for i, token in enumerate((self.marker, keys[told], values[told])):
+            row[slots + i], label[slots + i] = token, -100
+        answer[slots + 2] = values[told]
+        answer[slots[np.unique(told, return_index=True)[1]] + 2] = -100  # told for the first time
+        parts = {"input_ids": row[:-1], "labels": label[1:], "answers": answer[1:]}
+        return {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
+
+
 class _Windows(torch.utils.data.Dataset):
     """Windows of seq_len + 1 tokens in the order of a run: item i is a function of i alone, which
     makes a resumed run exact. Each window comes once per epoch in an order that `seed` decides;
-    `order` replaces that (POCL)."""
+    `order` replaces that (POCL). With `facts`, a share `recall_share` of the items has them."""
+
+    facts, recall_share = None, 0.0
 
     def __init__(self, tokens: np.ndarray, seq_len: int, seed: int, length: int | None = None,
                  order: np.ndarray | None = None):
@@ -2823,7 +2877,13 @@ class _Windows(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         inputs, labels = self.batch(position, 1)
-        return {"input_ids": inputs[0], "labels": labels[0]}
+        item = {"input_ids": inputs[0], "labels": labels[0]}
+        if self.facts is None:
+            return item
+        rng = np.random.default_rng((self.seed, position, 16))  # (seed, epoch) is the order's
+        if rng.random() >= self.recall_share:
+            return {**item, "answers": torch.full_like(labels[0], -100)}
+        return self.facts.training_window(torch.cat((inputs[0], labels[0][-1:])).numpy(), rng)
 
 
 def _pocl_order(seed: int, difficulty: np.ndarray, positions: int) -> np.ndarray:
@@ -3309,7 +3369,13 @@ class Task:
                 hidden = self.teacher.base_model(ids, use_cache=False).last_hidden_state
                 difficulty += _nll(hidden, head, labels).mean(1).tolist()
             train.order = drawn[_pocl_order(recipe.seed, np.array(difficulty), length)]
+        if recipe.recall_share:
+            train.facts, train.recall_share = self.facts(), recipe.recall_share
         return train
+
+    def facts(self) -> _RecallFacts:
+        """What made-up facts of this corpus are made of."""
+        return _RecallFacts.of(self.tokens["train"], self.tokenizer)
 
     def loader(self, split: str, tokens: int, batch_size: int = 8) -> list[Tensor]:
         """About so many tokens of a split as batches of ids (B, T), windows spread over it."""

@@ -63,6 +63,7 @@ steps = None  # optimiser steps of the distillation
 tax_seeds = 3  # seeds over which the ternary tax is measured; 0: not at all
 tax_steps = None  # steps of each of those runs; None: all in profile ref, a tenth elsewhere
 max_hours = None  # stop and save after so many hours; run all again to go on
+recall_share = None  # share of training windows with made-up facts to recall; None: none
 tracker = None  # "tensorboard" or "trackio" (pip install it)
 seed = 42
 run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritten
@@ -73,6 +74,7 @@ run_name = None  # None: <profile>-seed<seed>; a finished run is never overwritt
 
 # %%
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -82,11 +84,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
 
 asnn.figure_style()  # colours that people with any colour vision tell apart
 begin, env = time.perf_counter(), asnn.environment()
 recipe = asnn.get_recipe(recipe, profile, corpus=corpus, teacher=teacher_name,
-                         distill_steps=steps, max_hours=max_hours, tracker=tracker, seed=seed)
+                         distill_steps=steps, max_hours=max_hours, tracker=tracker, seed=seed,
+                         recall_share=recall_share)
 if not isinstance(tax_seeds, int) or tax_seeds < 0:
     raise ValueError(f"tax_seeds is {tax_seeds!r}; allowed: a whole number from 0.")
 tax_steps = tax_steps or max(2, recipe.distill_steps // (1 if recipe.profile == "ref" else 10))
@@ -299,6 +303,117 @@ samples = task.samples({"teacher": task.teacher, "student": student}, seed)
 asnn.show_table(samples, prose=True)
 
 # %% [markdown]
+# ## Recall and generation
+# Perplexity hardly asks what a state remembers. Here one made-up fact, "marker KEY VALUE", stands
+# somewhere in test text that ends with "marker KEY", and VALUE has to get the highest logit of all
+# candidates. Keys and values are frequent words, the marker is the rarest token. Windows are up to
+# eight times as long as in training. Then models write on from test prompts, at temperature 1: the
+# gap is the teacher's PPL of what a model wrote over its PPL of its own.
+
+# %%
+def retrieval_windows(facts, tokens, length, count, seed):
+    """ids (count, length) from random places of a split, each with one fact at a random place and
+    its question at the end; which of facts.values is right, (count,)."""
+    rng = np.random.default_rng((seed, length))
+    right, rows = rng.integers(len(facts.values), size=count), []
+    for value in facts.values[right]:
+        start, place = rng.integers(len(tokens) - length + 1), rng.integers(length - 4)
+        rows.append(tokens[start:start + length].astype(np.int64))
+        rows[-1][place:place + 3] = facts.marker, rng.choice(facts.keys), value
+        rows[-1][-2:] = rows[-1][place:place + 2]
+    return torch.from_numpy(np.stack(rows)), torch.from_numpy(right)
+
+
+@torch.no_grad()
+def recall_by_length(models, facts, tokens, seq_len, count, seed):
+    """A row for each model and length that it can read: right answers with a Wilson interval."""
+    rows, values = [], torch.from_numpy(facts.values)
+    lengths = [n * seq_len for n in (1, 2, 4, 8) if n * seq_len <= len(tokens)]
+    for length, (name, model) in itertools.product(lengths, models.items()):
+        if isinstance(model, asnn.GooseForCausalLM) or (
+                length <= model.config.max_position_embeddings):
+            ids, right = retrieval_windows(facts, tokens, length, count, seed)
+            logits = torch.cat([model(part.to(model.device), use_cache=False, logits_to_keep=1)
+                                .logits[:, -1].float().cpu() for part in ids.split(8)])
+            hits = int((logits[:, values].argmax(-1) == right).sum())
+            interval = binomtest(hits, count).proportion_ci(method="wilson")
+            rows.append({"model": name, "length": length, "windows": count, "recall": hits / count,
+                         "low": interval.low, "high": interval.high})
+    return rows
+
+
+@torch.no_grad()
+def write_on(model, prompts, length, seed):
+    """Continuations (K, length) of prompts (K, P), drawn at temperature 1 from all tokens."""
+    generator, cache, written = torch.Generator().manual_seed(seed), {}, [prompts]
+    for _ in range(length):
+        out = model(written[-1].to(model.device), use_cache=True, logits_to_keep=1, **cache)
+        cache = {name: out[name] for name in ("state", "past_key_values") if name in out}
+        chances = out.logits[:, -1].float().softmax(-1).cpu()
+        written.append(torch.multinomial(chances, 1, generator=generator))
+    return torch.cat(written[1:], 1)
+
+
+def repetition(written, size=4):
+    """Share of n-grams that occurred before in their continuation, of those written (K, T)."""
+    grams = [list(zip(*(row[i:] for i in range(size)))) for row in written.tolist()]
+    return float(np.mean([1 - len(set(row)) / len(row) for row in grams]))
+
+
+@torch.no_grad()
+def generation_gap(models, teacher, tokens, seq_len, count, seed):
+    """A row for the teacher, first, and each model, from the same prompts of an eighth of seq_len
+    tokens to its end; the standard error is that of the paired continuations."""
+    length, rows, own = seq_len // 8, [], None
+    starts = np.linspace(0, len(tokens) - length, count).astype(int)
+    prompts = torch.from_numpy(np.stack([tokens[i:i + length] for i in starts]).astype(np.int64))
+    for name, model in {"teacher": teacher, **models}.items():
+        written, nll = write_on(model, prompts, seq_len - length, seed), []
+        for part in torch.cat((prompts, written), 1).to(teacher.device).split(8):
+            logits = teacher(part, use_cache=False).logits[:, length - 1:-1].float()
+            nll.append(torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), part[:, length:], reduction="none").mean(1).cpu())
+        nll = torch.cat(nll).double()
+        own = nll if own is None else own
+        gap, error = math.exp(nll.mean() - own.mean()), float((nll - own).std()) / count**0.5
+        rows.append({"model": name, "continuations": count, "PPL": math.exp(nll.mean()), "gap": gap,
+                     "standard_error": gap * error, "repetition": repetition(written)})
+    return rows
+
+
+def beyond_perplexity(task, models):
+    """{"recall", "generation"}: rows of the two functions above, in sizes that fit the profile."""
+    windows, prompts = {"tiny": (16, 4), "cpu": (64, 16)}.get(task.recipe.profile, (200, 64))
+    place, known = (task.tokens["test"], task.recipe.seq_len), {"teacher": task.teacher, **models}
+    return {"recall": recall_by_length(known, task.facts(), *place, windows, seed=0),
+            "generation": generation_gap(models, task.teacher, *place, prompts, seed=0)}
+
+
+# %%
+def show_beyond(found, chance):
+    """Two tables, models by length and models by what they write, and a figure of the first."""
+    frame = pd.DataFrame(found["recall"])
+    cells = frame.apply("{0.recall:.2f} ({0.low:.2f} to {0.high:.2f})".format, axis=1)
+    table = frame.assign(cells=cells).pivot(index="model", columns="length", values="cells")
+    asnn.show_table(table.fillna("too long").reset_index().to_dict("records"))
+    asnn.show_table(pd.DataFrame(found["generation"]).round(3).to_dict("records"))
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    for (name, rows), marker in zip(frame.groupby("model", sort=False), "os^v"):
+        errors = rows["recall"] - rows["low"], rows["high"] - rows["recall"]
+        axes.errorbar(rows["length"], rows["recall"], errors, marker=marker, capsize=3, label=name)
+    axes.axhline(chance, color="#444444", linestyle="--", label=f"chance, {chance:.3f}")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens in a window", ylabel="share of right answers", ylim=(0, 1.05),
+             xticks=(ticks := frame["length"].unique()), xticklabels=ticks)
+    axes.legend()
+    return figure
+
+
+chance = 1 / len(task.facts().values)
+beyond = beyond_perplexity(task, {"student": student.eval()})
+run.show(show_beyond(beyond, chance), "retrieval")
+
+# %% [markdown]
 # ## Where the spikes are
 # Multiply-accumulates (MACs) per token, all layers together. Where spikes go in, additions are left
 # of them and the rest is skipped; the read `r S` has no spikes.
@@ -329,7 +444,8 @@ run.show(figure, "density")
 
 # %%
 # The student is saved now: what follows may take longer than the session lasts.
-metrics = run.metrics(task, student, result, measured, stages=gains, layers_fed_by_spikes=fed)
+metrics = run.metrics(task, student, result, measured, stages=gains, layers_fed_by_spikes=fed,
+                      **beyond, recall_chance=chance)
 if result.finished:
     run.save("samples.json", samples)
     run.finish({**metrics, "left": "the ternary tax"}, student, task.tokenizer)
@@ -356,9 +472,10 @@ def tax_row(seed, spiking, dense):
             "standard_error": tax * difference.std(ddof=1) / len(difference) ** 0.5}
 
 
-def measure_tax(task, run, seeds, steps, known, hours):
+def measure_tax(task, run, seeds, steps, known, hours, beyond=lambda task, models: {}):
     """Rows of `tax_row`, one for each seed whose two runs are done; `hours()` are left. Runs in
-    tax.json or `known` are not made again; one that the hours cut off keeps its checkpoint."""
+    tax.json or `known` are not made again; one that the hours cut off keeps its checkpoint. In
+    tax.json stands too what `beyond` says of the first dense twin."""
     path, kinds = run.folder / "tax.json", (task.recipe.spike_kind, "dense")
     done = {**(json.loads(path.read_text()) if path.is_file() else {}), **known}
     for seed, kind in [(seed, kind) for seed in seeds for kind in kinds]:
@@ -371,6 +488,8 @@ def measure_tax(task, run, seeds, steps, known, hours):
             one = asnn.evaluate(twin, task.tokens["test"], other.seq_len,
                                 windows=task.recipe.final_windows)
             done[name] = {"ppl": one.ppl, "window_nll": one.window_nll.tolist()}
+            if (kind, seed) == ("dense", seeds[0]):
+                done[name] |= beyond(task, {f"dense twin, {steps} steps": twin.eval()})
             run.save("tax.json", done)
             shutil.rmtree(run.folder / "tax" / name)  # its checkpoints, 1.2 GB at full size
     pairs = [(seed, *(done.get(f"{kind}-{seed}-{steps}") for kind in kinds)) for seed in seeds]
@@ -381,8 +500,13 @@ known = {f"{recipe.spike_kind}-{seed}-{recipe.distill_steps}": {
     "ppl": test.ppl, "window_nll": test.window_nll.tolist()}}
 wanted = range(seed, seed + tax_seeds * (recipe.spike_kind != "dense"))
 taxes = measure_tax(task, run, wanted if result.finished else (), tax_steps, known,
-                    lambda: hours_left(recipe.max_hours, begin))
+                    lambda: hours_left(recipe.max_hours, begin), beyond_perplexity)
 if taxes:
+    twin = json.loads((run.folder / "tax.json").read_text())[f"dense-{seed}-{tax_steps}"]
+    for name in beyond:  # the teacher's rows are there already
+        rows = twin.get(name, ())  # none of a run that an earlier version began
+        metrics[name] = beyond[name] + [row for row in rows if row["model"] != "teacher"]
+    run.show(show_beyond(metrics, chance), "retrieval")
     asnn.show_table(pd.DataFrame(taxes).round(4).to_dict("records"))
     values = pd.Series([row["tax"] for row in taxes])
     metrics["tax"] = {"steps": tax_steps, "runs": taxes, "value": values.mean(),
