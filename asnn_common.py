@@ -351,8 +351,8 @@ class TernarySpike(_Site):
 
 
 def _rotate(x: Tensor) -> Tensor:
-    """x (..., C) times an orthogonal, symmetric matrix: blocks of Hadamard's of at most 128 channels
-    on its diagonal. Done twice it gives x back."""
+    """x (..., C) times an orthogonal, symmetric matrix with blocks of Hadamard's, of at most 128
+    channels, on its diagonal. Done twice it gives x back."""
     C = x.shape[-1]
     block, H = math.gcd(C, 128), x.new_ones(1, 1)
     while len(H) < block:
@@ -2106,7 +2106,7 @@ class Recipe:
     threshold: Literal["token", "mixed_fixed"] = "token"
     granularity: Literal["scalar", "channel"] = "scalar"
     estimator: Literal["identity", "clipped", "trust"] = "identity"
-    spike_steps: int | dict[str, int] = 1
+    spike_steps: dict[str, int] | int = 1
     rotated_sites: tuple[str, ...] = ()
     decay: Literal["constant", "token"] = "constant"
     decay_rank: int = 32
@@ -2305,6 +2305,8 @@ def _history() -> dict[str, Recipe]:
         spike_sites=SITES[:-1])
     add("v14.4-rates", "v14.4-sites", "v14.4-sites with the firing rates of all channels held in "
         "[0.22, 0.57]", rate_weight=10.0)
+    add("v14.5", "v14.4-rates", "v14.4-rates with a second train of spikes on what the first left, "
+        "at every site, and decays that depend on the token", spike_steps=2, decay="token")
     add("v14.4-vector", "v14.4", "v14.4 with the founders' vector state", state_kind="vector")
     # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours.
     add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 7 to 11 hours",
@@ -3506,10 +3508,12 @@ def load_task(recipe: Recipe) -> Task:
 def distil(task: Task, recipe: Recipe | None = None, folder: Path | None = None,
            student: GooseForCausalLM | None = None, description: str = "distillation",
            max_steps: int | None = None, trainer: type[DistillationTrainer] = DistillationTrainer,
-           twin: GooseForCausalLM | None = None, **arguments: Any) -> tuple[GooseForCausalLM, SimpleNamespace]:
+           twin: GooseForCausalLM | None = None,
+           **arguments: Any) -> tuple[GooseForCausalLM, SimpleNamespace]:
     """Builds the student of `recipe` (the task's, or one with other values), or takes the one that
     is given, and trains it; see DistillationTrainer, of which `trainer` may be a subclass, and its
-    `run` for the result. Where there are two GPUs, the teacher takes the second."""
+    `run` for the result. Where there are two GPUs, the teacher takes the second. `twin` is a trained
+    dense twin, whose layers teach too where the recipe has a twin_weight."""
     task = dataclasses.replace(task, recipe=recipe or task.recipe)
     recipe, device = task.recipe, _select_device()[0]
     student = task.build_student() if student is None else student
@@ -3738,8 +3742,9 @@ def _compile_steps(student: GooseForCausalLM) -> None:
         block.compiled = _content_hash(repr(block), str(tensors), student.config.to_json_string())
 
 
-_FED = {"mix_in.k": ("key", "beta", "decay_in"), "mix_in.v": ("value",), "mix_in.r": ("receptance",),
-        "mix_in.g": ("gate",), "mix_out": ("output",), "ffn_in": ("up",), "ffn_hidden": ("down",)}
+_FED = {"mix_in.k": ("key", "beta", "decay_in"), "mix_in.v": ("value",), "mix_in.g": ("gate",),
+        "mix_in.r": ("receptance",), "mix_out": ("output",), "ffn_in": ("up",),
+        "ffn_hidden": ("down",)}
 
 
 @torch.no_grad()

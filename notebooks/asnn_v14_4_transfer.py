@@ -55,7 +55,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 # The only cell to edit. `None` means: as the recipe and the profile say.
 
 # %% tags=["parameters"]
-recipe = "v14.4-rates"  # v14.4-sites (rates not held), v14.4 (k, v), v14.4-vector, v14.4-t4 (long)
+recipe = "v14.4-rates"  # v14.5 (two trains), v14.4-sites (rates free), v14.4 (k, v), v14.4-t4 ...
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: by hardware
 corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with {train,validation,test}.txt
 teacher_name = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)
@@ -568,9 +568,9 @@ print("the long run is estimated to fit 16 GB:", planned < 14)
 # %% tags=["nbval-check-output"]
 with torch.no_grad():
     exact = copy.deepcopy(student).cpu().double().eval()  # no threshold is crossed by rounding
-    probe = torch.randn(2, 32, recipe.d_model, dtype=torch.float64)
-    alphabet = {float(value) + 0.0 for site in asnn.spike_modules(exact).values()
-                if isinstance(site, asnn.TernarySpike) for value in site.encode(probe).unique()}
+    probe, alphabet = torch.randn(2, 32, recipe.d_model, dtype=torch.float64), set()
+    with asnn.spike_hooks(exact, lambda name, s: alphabet.update((s.unique() + 0.0).tolist())):
+        exact(torch.from_numpy(tokens["validation"][:32].astype(np.int64))[None])
     linear, own = exact.goose.blocks[0].ffn.up, exact.goose.blocks[0].ffn.ffn_in
     encoder = own if isinstance(own, asnn.SpikeEncoder) else asnn.SpikeEncoder(recipe.d_model)
     encoder = encoder.double()
@@ -579,7 +579,7 @@ with torch.no_grad():
     folded = encoder.fold(linear)
     agrees = torch.allclose(scale * (spikes @ folded.weight.t()) + folded.bias,
                             linear(encoder(probe)), atol=1e-5)
-print("spike alphabet:", sorted(alphabet), "encoder:", sorted((spikes.unique() + 0.0).tolist()))
+print("every train of spikes has the alphabet", sorted(alphabet))
 print("an encoder folds into the next Linear:", agrees)
 
 # %% tags=["nbval-check-output"]

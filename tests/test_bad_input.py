@@ -48,7 +48,7 @@ NAMES = [
 ]
 VALUES = [  # field of a recipe of v14.3, value, what is allowed
     ("temperature", "warm", "fixed, bounded, staged"), ("fdd", "cka", "none, cka_delta"),
-    ("curriculum", "hard", "none, pocl"), ("estimator", "normalised", "identity, clipped"),
+    ("curriculum", "hard", "none, pocl"), ("estimator", "normalised", "identity, clipped, .*"),
     ("threshold", "channel", "token, mixed_fixed"), ("granularity", "head", "scalar, channel"),
     ("recurrence", "fft", "chunked, reference, cumsum"), ("optimizer", "sgd", "adamw, muon"),
     ("decay_init", "random", "spread, published"), ("mix_init", "ones", "spread, published"),

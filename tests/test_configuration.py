@@ -42,6 +42,7 @@ HISTORY = {
         "patience": 5000, "rate_weight": 0.0, "spike_sites": ("k", "v")}),
     "v14.4-sites": (None, "", {"spike_sites": asnn.SITES[:-1], "rate_weight": 0.0}),
     "v14.4-rates": (None, "", {"rate_weight": 10.0, "state_kind": "delta"}),
+    "v14.5": (None, "", {"rate_weight": 10.0, "spike_steps": 2, "decay": "token"}),
     "v14.4-vector": (None, "", {"state_kind": "vector", "weights_from_teacher": True}),
     "v14.4-t4": (None, "", {"corpus": "wikitext-103", "max_hours": 11.0, "seq_len": 512,
                             "grad_accum": 4, "distill_steps": 12_000, "align_steps": 2000}),
@@ -55,7 +56,7 @@ V14_3 = {
     "layer_map": ((0, 2), (2, 7), (4, 11)), "patience": 800, "eval_every": 300, "kd_weight": 1.0,
     "ce_weight": 0.0, "optimizer": "adamw", "spike_sites": ("k", "v"), "align_steps": 0}
 PARAMETERS = {"v9": 22_329_620, "v14.1": 41_625_620, "v14.2": 165_093_412, "v14.3": 74_234_900,
-              "v14.4": 77_260_880, "v14.4-rates": 77_376_080}
+              "v14.4": 77_260_880, "v14.4-rates": 77_376_080, "v14.5": 77_698_660}
 
 
 # ---- the history
@@ -92,7 +93,7 @@ def test_parameter_counts(name):
 TERMS = {"v7": {"hidden"}, "v11": {"variance"}, "v14": {"fdd"}, "v14.1": {"fdd"}, "v14.2": {"fdd"},
          **dict.fromkeys(("v14.3", "v14.3-published", "v14.3-cumsum"), {"fdd"}),
          **dict.fromkeys(("v14.4", "v14.4-sites", "v14.4-vector", "v14.4-t4"), {"align"}),
-         "v14.4-rates": {"align", "rate"}}
+         **dict.fromkeys(("v14.4-rates", "v14.5"), {"align", "rate"})}
 
 
 @pytest.mark.parametrize("name", asnn.RECIPES)

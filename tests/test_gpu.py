@@ -124,7 +124,8 @@ def test_muon_orthogonalises_in_this_cards_half():
 
 
 @pytest.mark.parametrize("name", ["v4", "v7", "v11", "v13", "v14.3", "v14.3-published",
-                                  "v14.3-cumsum", "v14.4", "v14.4-rates", "v14.4-vector"])
+                                  "v14.3-cumsum", "v14.4", "v14.4-rates", "v14.4-vector",
+                                  "v14.5"])
 def test_three_steps_of_every_kind_of_recipe(train, name):
     aligned, teacher = min(1, asnn.RECIPES[name].align_steps), asnn.RECIPES[name].teacher
     student, result = train(name, distill_steps=3, align_steps=aligned, precision="auto",
