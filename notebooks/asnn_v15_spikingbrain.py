@@ -233,7 +233,9 @@ print(f"{first.meta['tokens']:,} tokens; gate: {first.gate['verdict']}")
 
 # %% [markdown]
 # ## Health
-# How often each channel fires, by site; the grey band is where the mean has to lie.
+# How often each channel fires, by site; the grey band is where the mean has to lie. A site's second
+# train, on what its first left, is judged as a site of its own, named `.2`. Channels of a rotated
+# site are mixtures of the model's, in health, information and CKA alike.
 
 # %%
 def kinds_of(sites):
@@ -482,10 +484,9 @@ def with_mixed_threshold(student, ids, band=asnn.RATE_BAND):
             {name: (s != 0).float().mean((0, 1)).clamp(*band)})):
         student.base_model(ids, use_cache=False)
     for name, module in asnn.spike_modules(mended).items():  # sites before this one are mended
-        with module.register_forward_pre_hook(lambda _module, args: seen.append(args[0])):
+        with module.spikes.register_forward_pre_hook(lambda _train, args: seen.append(args[0])):
             mended.base_model(ids, use_cache=False)
-        encoder = isinstance(module, asnn.SpikeEncoder)
-        x = seen.pop().float().flatten(0, -2) - (module.centre if encoder else 0)
+        encoder, x = isinstance(module, asnn.SpikeEncoder), seen.pop().float().flatten(0, -2)
         token = x.abs().mean(-1, keepdim=True).clamp_min(1e-6)
         x = (x if module.kind == "binary" else x.abs()) / (token if encoder else token.sqrt())
         goal = torch.stack([column.quantile(1 - rate) for column, rate in zip(x.t(), rates[name])])
@@ -567,8 +568,8 @@ if not unfinished:
 
 # %% tags=["nbval-check-output"]
 levels = {site: module.levels for site, module in asnn.spike_modules(student).items()}
-print("spike alphabet:", sorted({int(value) for site, s in spikes.items() if levels[site] == 1
-                                 for value in s.unique()}))
+print("spike alphabet:", sorted({int(value) for site, s in spikes.items()
+                                 if levels[site.removesuffix(".2")] == 1 for value in s.unique()}))
 print("hooks left behind:", sum(len(m._forward_hooks) + len(m._forward_pre_hooks)
                                 for model in (left, student, teacher) for m in model.modules()))
 print("\n".join(f"spikes {name}: {verdict['verdict']}" for name, verdict in verdicts.items()))

@@ -458,8 +458,9 @@ def batches(tokens):
     return list(torch.from_numpy(tokens["validation"][:512].astype(np.int64)).view(8, 4, 16))
 
 
-def test_a_record_has_spikes_and_teacher_states_of_the_same_tokens(small_task, batches):
-    task, given = small_task("v14.4-rates"), {}
+@pytest.mark.parametrize("trains", [1, 2])
+def test_a_record_has_spikes_and_teacher_states_of_the_same_tokens(small_task, batches, trains):
+    task, given = small_task("v14.4-rates", spike_steps=trains), {}
     student, teacher = task.build_student().train(), task.teacher.eval()
     modules = asnn.spike_modules(student)
     handles = [module.register_forward_pre_hook(
@@ -469,12 +470,16 @@ def test_a_record_has_spikes_and_teacher_states_of_the_same_tokens(small_task, b
     for handle in handles:
         handle.remove()
     assert student.training and not teacher.training and hooks(student, teacher) == 0
-    assert list(spikes) == list(modules) and len(spikes) == 2 * 9
+    assert list(spikes) == [site + more for site in modules for more in ("", ".2")[:trains]]
+    assert len(modules) == 2 * 9
     with torch.no_grad():
         for site, module in modules.items():
             again = module.eval().encode(torch.cat(given[site]))  # an encoder's with its scale
             again = again if isinstance(again, torch.Tensor) else again[0]
-            assert spikes[site].dtype == torch.int8 and torch.equal(spikes[site].float(), again)
+            code = spikes[site].float()
+            if trains == 2:
+                code = code + module.residual_height * spikes[f"{site}.2"]
+            assert spikes[site].dtype == torch.int8 and torch.equal(code, again)
         states = teacher(torch.cat(batches[:2]), output_hidden_states=True).hidden_states
     torch.testing.assert_close(hidden[0], states[1], rtol=1e-4, atol=1e-4)
     assert set(hidden) == {0, 1} and hidden[1].shape == (8, 16, 32)
