@@ -64,14 +64,18 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &gua
 
 
 def load_guard():
-    """Builds and loads GUARD, before torch is imported: what registers first counts."""
+    """Builds and loads GUARD, before torch is imported: what registers first counts. The variable
+    GUARD names the built file that several runs share."""
     root = Path(importlib.util.find_spec("torch").origin).parent
     with tempfile.TemporaryDirectory() as folder:
-        source, built = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source = Path(folder, "guard.cpp")
+        built = Path(os.environ.get("GUARD", source.with_suffix(".so")))
         source.write_text(GUARD)
-        subprocess.run(["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, "-o", built,
-                        f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include",
-                        f"-L{root}/lib", "-lc10", "-ltorch_cpu"], check=True)
+        command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, "-o", built,
+                   f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include",
+                   f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
+        if not built.is_file():
+            subprocess.run(command, check=True)
         for path in (*sorted((root / "lib").glob("libgomp*")), root / "lib" / "libc10.so",
                      root / "lib" / "libtorch_cpu.so", built):
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
@@ -299,6 +303,14 @@ def install(count=1, capability=(7, 5), memory=15_828_320_256):
     Mode().__enter__()
 
 
+def with_values(source, **values):
+    """A page's source with other values, given as literals, in the place of those it sets."""
+    for name, value in values.items():
+        source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value}  ", source, count=1)
+        assert found, f"there is no parameter {name}"
+    return source
+
+
 def main(path, *values):
     """Runs a file under the simulation."""
     torch.set_num_threads(1)
@@ -306,11 +318,8 @@ def main(path, *values):
     import transformers  # noqa: F401
     install(int(os.environ.get("GPUS", 1)),
             tuple(map(int, os.environ.get("CAPABILITY", "7.5").split("."))))
-    source = Path(path).read_text(encoding="utf-8")
-    for name, value in (pair.split("=", 1) for pair in values):
-        source, found = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, count=1,
-                                flags=re.MULTILINE)
-        assert found, f"{path} has no parameter {name}"
+    given = dict(pair.split("=", 1) for pair in values)
+    source = with_values(Path(path).read_text(encoding="utf-8"), **given)
     sys.path.insert(0, str(Path(path).resolve().parent))
     exec(compile(source, path, "exec"), {"__name__": "__main__", "__file__": path})
 

@@ -192,6 +192,8 @@ def test_of_several_students_the_newest_that_fits_is_taken(a_run, tmp_path, monk
     monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("ASNN_INPUTS", str(tmp_path))
     assert find("v14.3/morning", (), ()) == plain
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find(old, (), ()) == old == find("~/outputs/v14.4-rates/night", (), ())
     with pytest.raises(ValueError, match=r"student_run is 'noon'; allowed: v14.3/morning, v14.4-"):
         find("noon", (), ())
 
@@ -227,6 +229,16 @@ def test_run_folders_of_before_are_read_with_one_line(a_run, capsys):
     assert student.content_hash() == expected.student.content_hash()
 
 
+@pytest.mark.parametrize("name, damage", [
+    ("config.json", lambda text: text[:99]), ("metrics.json", lambda text: text[:99]),
+    ("config.json", lambda _: '{"recipe": 1}'), ("metrics.json", lambda _: '{"gap": 1}')])
+def test_a_damaged_file_of_a_run_is_named(a_run, name, damage):
+    path = a_run() / name
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=f"{path} is 'damaged'; allowed: a finished run's file."):
+        asnn.load_student("v14.4-rates/night")
+
+
 def gate_of(student, passed=True, tokens=20_480):
     return {"student": student.content_hash(), "tokens": tokens,
             "metrics": {"dead channels": {"pass": True}, "CKA": {"pass": passed}}}
@@ -244,6 +256,10 @@ def test_a_claim_is_gated_only_by_a_passed_gate_of_the_same_student(student, tmp
     write(gate_of(student))
     assert status(student) == (True, "gated: it passed all 2 metrics over 20,480 tokens")
     assert not status(other)[0] and "of other students" in status(other)[1]
+    for changed in ({"metrics": []}, {"metrics": {}}, {"metrics": {"CKA": True}}, {"tokens": "5"},
+                    {"metrics": {"CKA": {"pass": "no"}}}, {"student": ["a"], "other": "b"}):
+        write({**gate_of(student), **changed})  # of our keys, but of another tool
+        assert status(student) == (False, status(other)[1])
     write(gate_of(student, tokens=4096))
     assert "over 4,096 tokens, and 20,000 are needed" in status(student)[1]
     # The student before a remedy is known too, and the newest gate of a student counts.
@@ -413,8 +429,11 @@ def test_the_tax_goes_on_where_the_hours_ended_and_repeats_nothing(small_task, m
     arguments = task, run, range(42, 44), 2, known, lambda: None
     first = page.measure_tax(*arguments)
     assert made == ["dense-42-2", "ternary-43-2", "dense-43-2"]
+    kept = {path.relative_to(run.folder / "tax").parts[0] for path in run.folder.glob("tax/*/*")}
+    assert kept == {"dense-43-2"}  # a checkpoint takes 1.2 GB at full size: that of what goes on
     second = page.measure_tax(*arguments)
     assert made[3:] == ["dense-43-2"] and [row["seed"] for row in second] == [42, 43]
+    assert not [*run.folder.glob("tax/*")]
     assert first == second[:1] and page.measure_tax(*arguments) == second and len(made) == 4
 
 

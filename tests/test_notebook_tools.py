@@ -1,4 +1,5 @@
 """What `make check` refuses, how pages are built and run, the README's tables, make env."""
+import ast
 import importlib.util
 import json
 import os
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 import jupytext
 import nbformat
 import pytest
+
+import asnn_common as asnn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,6 +196,15 @@ def test_readme_tables_follow_the_numbers(tmp_path):
     assert "| 1234.50 |" in readme.rendered(text, folder)
     with pytest.raises(ValueError, match="README.md has no place for results"):
         readme.rendered("no marks here")
+
+
+def test_readme_says_what_keeps_outputs_on_colab(monkeypatch):
+    code = re.findall(r"`([^`\n]+)`", (ROOT / "README.md").read_text())
+    (mount,) = (text for text in code if "google.colab" in text)
+    drive = ast.parse(mount).body[-1].value.args[0].value
+    (name, folder), = (text.split()[1].split("=") for text in code if text.startswith("%env "))
+    monkeypatch.setenv(name, folder)
+    assert folder.startswith(f"{drive}/MyDrive/") and asnn._outputs_folder() == Path(folder)
 
 
 # ---- make env

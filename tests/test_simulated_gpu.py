@@ -74,7 +74,7 @@ def simulated(tmp_path_factory):
         env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
                "ASNN_PROFILE": "tiny", "ASNN_HOME": str(ROOT), "MPLBACKEND": "Agg",
                "ASNN_OUTPUTS": str(folder / "outputs"), "ASNN_REF": "", "OMP_NUM_THREADS": "1",
-               "PYTHONWARNINGS": "default", **variables}
+               "GUARD": str(folder / "guard.so"), "PYTHONWARNINGS": "default", **variables}
         done = subprocess.run([sys.executable, ROOT / "tests" / "simulated_cuda.py", path, *values],
                               env=env, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
