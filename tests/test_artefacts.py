@@ -229,12 +229,11 @@ def test_run_folders_of_before_are_read_with_one_line(a_run, capsys):
     assert student.content_hash() == expected.student.content_hash()
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("config.json", lambda text: text[:99]), ("metrics.json", lambda text: text[:99]),
-    ("config.json", lambda _: '{"recipe": 1}'), ("metrics.json", lambda _: '{"gap": 1}')])
-def test_a_damaged_file_of_a_run_is_named(a_run, name, damage):
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+@pytest.mark.parametrize("content", ['{"recipe": {"lr": 0', '{"recipe": 1, "gap": 1}'])
+def test_a_damaged_file_of_a_run_is_named(a_run, name, content):
     path = a_run() / name
-    path.write_text(damage(path.read_text()))
+    path.write_text(content)
     with pytest.raises(ValueError, match=f"{path} is 'damaged'; allowed: a finished run's file."):
         asnn.load_student("v14.4-rates/night")
 
@@ -282,7 +281,7 @@ def test_a_claim_is_gated_only_by_a_passed_gate_of_the_same_student(student, tmp
 
 def test_the_environment_says_where_and_on_what(monkeypatch, tmp_path):
     found = asnn.environment()
-    assert found["versions"]["torch"] == torch.__version__ and found["disk_free_gb"] > 0
+    assert torch.__version__.startswith(found["versions"]["torch"]) and found["disk_free_gb"] > 0
     assert {"transformers", "datasets", "accelerate", "numpy"} <= set(found["versions"])
     assert found["hardware"].endswith(f"{torch.get_num_threads()} thread") and found["cpu"]
     assert json.loads(json.dumps(found)) == found and found["platform"] == "local"
@@ -319,7 +318,7 @@ def test_figures_have_one_style_and_plain_numbers_and_are_saved():
         assert asnn.figure_style() == asnn.COLOURS and len(set(asnn.COLOURS.values())) == 8
         cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
         figure, axes = pyplot.subplots()
-        axes.plot([1, 2, 4000], [150, 400, 3000])
+        axes.plot([1, 2, 4000], [150, 400, 900])
         axes.set(xscale="log", yscale="log")
         run = asnn.Run.open("v14.3", "name", SETTINGS)
         run.show(figure, "curve")

@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -62,7 +61,6 @@ for precision in ("fp16", "bf16"):
     student, result = asnn.distil(task, recipe, trainer=Scaled)
     losses = [row["loss"] for row in result.log if "loss" in row]
     assert len(losses) == 3 and all(map(math.isfinite, losses)) and result.skipped == 0
-    assert any("val_ppl" in row for row in result.log)
     assert result.finished and result.precision == precision and student.device.index == 0
     teacher = next(task.teacher.parameters()).device
     assert str(teacher) == f"cuda:{torch.cuda.device_count() - 1}", teacher
@@ -103,10 +101,10 @@ def test_one_card_does_three_steps_of_the_default_recipe(simulated):
 def test_the_gpu_branches_of_v14_4_and_v17(simulated):
     code = SMALL
     for name, values in PAGES.items():
-        path = str(ROOT / "notebooks" / f"{name}.py")
-        source = with_values(Path(path).read_text(encoding="utf-8"), **values)
-        code += f"names = {{'__name__': '__main__', '__file__': {path!r}}}\n"
-        code += f"exec(compile({source!r}, {path!r}, 'exec'), names)\n"
+        path = ROOT / "notebooks" / f"{name}.py"
+        source = with_values(path.read_text(encoding="utf-8"), **values)
+        names = {"__name__": "__main__", "__file__": str(path)}
+        code += f"exec(compile({source!r}, {str(path)!r}, 'exec'), {names})\n"
     out, outputs = simulated(code)
     first, second = out.split("Finished: v14.4-rates")
     assert "float16" not in first
