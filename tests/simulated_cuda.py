@@ -31,7 +31,7 @@ struct CUDAHooks : CUDAHooksInterface {
   IS(DeviceIndex exchangeDevice(DeviceIndex), 0) IS(DeviceIndex maybeExchangeDevice(DeviceIndex), 0)
   IS(bool hasPrimaryContext(DeviceIndex), true) IS(void deviceSynchronize(DeviceIndex),)
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 }
 using c10::Device, c10::DeviceIndex, c10::Stream;
 struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
@@ -48,26 +48,30 @@ struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   IS(void synchronizeEvent(void*),) IS(void synchronizeDevice(const DeviceIndex),)
   IS(void recordDataPtrOnStream(const c10::DataPtr&, const Stream&),)
 };
-static Guard guard;
-static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+extern "C" void register_guard() {
+  static Guard guard;
+  static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+}
 """
 
 
 def load_guard():
-    """Loads GUARD before torch, as what registers first counts; runs may share the built file."""
+    """Loads GUARD, built once for several runs: hooks before torch, the guard after it, which a
+    torch for CUDA has too."""
     root = Path(importlib.util.find_spec("torch").origin).parent
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "guard.cpp")
         built = Path(os.environ.get("GUARD", source.with_suffix(".so")))
         source.write_text(GUARD)
-        command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, "-o", built,
-                   f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include",
-                   f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
+        command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, "-o", built, "-lc10",
+                   f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu"]
         if not built.is_file():
             subprocess.run(command, check=True)
         for path in (*sorted((root / "lib").glob("libgomp*")), root / "lib" / "libc10.so",
                      root / "lib" / "libtorch_cpu.so", built):
-            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    import torch  # noqa: F401
+    library.register_guard()
 
 
 if "torch" not in sys.modules:
@@ -164,8 +168,7 @@ def refuse(name, func, args, kwargs, on_card, on_host):
     host = [x for x in on_host if x.dim() > 0 or name in ("mm", "bmm", "addmm", "cat", "embedding")]
     if name in INDEXING and isinstance(args[0], CudaTensor):  # indices may be on the host
         host = [x for x in args[2:3] if any(x is y for y in host)]
-    written = facts(func).mutable and isinstance(args[0], torch.Tensor) and (
-        not isinstance(args[0], CudaTensor))
+    written = facts(func).mutable and any(args[0] is x for x in on_host)
     if name not in COPYING and (len(devices) > 1 or host or written):
         found = [*map(str, devices), *["cpu"] * bool(host or written)]
         raise RuntimeError("Expected all tensors to be on the same device, but found at least two "

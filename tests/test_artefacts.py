@@ -372,8 +372,7 @@ def test_a_good_run_passes_all_twelve_checks_and_some_do_not_apply():
     good = checks_of()
     assert len(good) == 12 and all(row["passed"] is True and row["value"] for row in good)
     json.dumps(good)
-    plain = checks_of(recipe={"fdd": "none", "temperature": "fixed"}, previous_ppl=None,
-                      log=NO_FDD)
+    plain = checks_of(recipe={"fdd": "none", "temperature": "fixed"}, previous_ppl=None, log=NO_FDD)
     assert {row["name"] for row in plain if row["passed"] is None} == {
         "improved on the previous version", "FDD active", "tau evolved", "FDD loss decreased"}
     assert all(row["passed"] is not False for row in plain)
