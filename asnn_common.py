@@ -2517,8 +2517,7 @@ def _write_atomically(path: Path, content: str) -> None:
 
 @contextlib.contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when the block has ended well; one that exists by
-    then is kept."""
+    """A folder that has its name only once the block has ended well; one that exists is kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as outer:
         (made := Path(outer, path.name)).mkdir()
@@ -2720,8 +2719,6 @@ def _tokenize_corpus(corpus: _Corpus, tokenizer: Any, seq_len: int = 1) -> dict[
     Documents are separated by the end-of-text token where the corpus has it; nothing is added.
     Raises ValueError for a split that is shorter than a window and the token after it."""
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # of a file that was saved after use; it would cut the corpus
-    backend.no_padding()
     folder = _cache_folder() / "tokens" / _content_hash("tokens 1", corpus.hash, backend.to_str())
     if not folder.is_dir():
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
@@ -2789,6 +2786,8 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
              "a whole model; merge an adapter into its base first, by peft's merge_and_unload")
     _require(hasattr(tokenizer, "backend_tokenizer"), f"tokenizer of teacher {name}",
              type(tokenizer).__name__, "one of the library tokenizers, which has a tokenizer.json")
+    tokenizer.backend_tokenizer.no_truncation()  # of a file saved after use; it cuts the corpus
+    tokenizer.backend_tokenizer.no_padding()
     for module in model.modules():
         if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
             module.act = nn.GELU(approximate="tanh")  # the same function, one kernel, not eight
@@ -3302,9 +3301,8 @@ def _train_teacher(recipe: Recipe, corpus: _Corpus) -> tuple[nn.Module, Any, str
     with _main_process_first():
         tokenizer = _train_tokenizer(corpus, recipe.vocab_size)
         tokens = _tokenize_corpus(corpus, tokenizer, recipe.seq_len)
-    shape = {"vocab_size": len(tokenizer), "n_positions": recipe.seq_len,
-             "n_embd": recipe.teacher_width, "n_layer": recipe.teacher_layers,
-             "n_head": recipe.teacher_heads}
+    shape = {"vocab_size": len(tokenizer), "n_positions": recipe.seq_len, "n_embd":
+             recipe.teacher_width, "n_layer": recipe.teacher_layers, "n_head": recipe.teacher_heads}
     settings = {"batch_size": recipe.teacher_batch_size, "lr": recipe.teacher_lr,
                 "seq_len": recipe.seq_len, "weight_decay": 0.1, "save_every": 200}
     identity = {**settings, "steps": recipe.teacher_steps, "eval_every": 10**9,
@@ -3357,8 +3355,7 @@ class Task:
 
     @torch.no_grad()
     def windows(self, recipe: Recipe) -> _Windows:
-        """The training windows in the recipe's order. POCL ranks those that the run would draw by
-        the teacher's NLL."""
+        """Training windows in the recipe's order; POCL ranks those to be drawn by teacher NLL."""
         length = recipe.distill_steps * (size := recipe.batch_size) * recipe.grad_accum
         train = _Windows(self.tokens["train"], recipe.seq_len, recipe.seed, length)
         if recipe.curriculum == "pocl":
@@ -3417,12 +3414,10 @@ class Task:
         return student
 
     def measure(self, student: nn.Module, windows: int | None = None) -> dict[str, dict[str, Any]]:
-        """{"teacher" | "student": {"validation" | "test": evaluation}}, on whole splits or the
-        first so many windows."""
+        """{"teacher" | "student": {"validation" | "test": evaluation}} on all or first windows."""
         models = {"teacher": self.teacher.to(student.device), "student": student}
-        return {who: {split: evaluate(model, self.tokens[split], self.recipe.seq_len,
-                                      windows=windows, size=self.sizes[split],
-                                      description=f"{who}, {split}")
+        return {who: {split: evaluate(model, self.tokens[split], self.recipe.seq_len, 8, windows,
+                                      self.sizes[split], description=f"{who}, {split}")
                       for split in ("validation", "test")} for who, model in models.items()}
 
     @staticmethod
@@ -4046,12 +4041,10 @@ class Run:
     def finished() -> list[dict[str, Any]]:
         """The metrics of every finished training below the outputs, oldest first."""
         files = sorted(_outputs_folder().glob("*/*/metrics.json"), key=lambda p: p.stat().st_mtime)
-        ours = {"version", "run", "corpus", "teacher", "student", "gap", "training", "environment"}
-        return [metrics for metrics in map(_read_json, files) if ours <= metrics.keys()]
+        return [metrics for metrics in map(_read_json, files) if _is_training(metrics)]
 
     def show(self, figure: Any, name: str) -> None:
-        """Saves a matplotlib figure as figures/<name>.png and .svg, shows it where a notebook is
-        looking, and closes it."""
+        """Saves a figure as figures/<name>.png and .svg, shows it in a notebook, closes it."""
         import matplotlib.pyplot
         if self.main:
             path = self.folder / "figures" / name
@@ -4071,13 +4064,10 @@ class Run:
 
     def metrics(self, task: Task, student: nn.Module, result: SimpleNamespace,
                 measured: dict[str, dict[str, _Evaluation]], **more: Any) -> dict[str, Any]:
-        """What metrics.json holds of a training, with `more` beside it; `measured` as
-        `Task.measure` returns it."""
+        """What metrics.json holds of a training, and `more`; `measured` is by `Task.measure`."""
         splits, recipe, corpus = ("validation", "test"), task.recipe, task.corpus
-        found = {who: {split: measured[who][split].to_dict() for split in splits}
-                 for who in measured}
-        gaps = {split: measured["student"][split].gap(measured["teacher"][split])
-                for split in splits}
+        found = {who: {s: one[s].to_dict() for s in splits} for who, one in measured.items()}
+        gaps = {s: measured["student"][s].gap(measured["teacher"][s]) for s in splits}
         amplitudes = {name: float(m.amplitude.detach().abs().mean()) for name, m in
                       spike_modules(student).items() if isinstance(m, TernarySpike)}
         training = {k: v for k, v in vars(result).items() if k not in ("log", "best_ppl")}
@@ -4114,6 +4104,13 @@ class Run:
                               f"# Runs\n\n{_results_table(Run.finished())}\n")
             for checkpoint in () if "left" in metrics else self.folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _is_training(metrics: dict[str, Any]) -> bool:
+    """Whether a table can be made of the metrics: other files have other keys and shapes."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        return bool(_results_table([metrics]))
+    return False
 
 
 def _results_table(metrics: list[dict[str, Any]]) -> str:
@@ -4153,8 +4150,7 @@ corpus apply to the weights as well.
 
 
 def _model_card(m: dict[str, Any]) -> str:
-    """README.md of a saved student, from the metrics of its run; base_model and datasets name only
-    what the hub has."""
+    """README.md of a saved student, from its run's metrics; the header names what the hub has."""
     test, teacher, corpus = m["student"]["test"], m["teacher"]["name"], m["corpus"]["name"]
     ours = "trained_steps" in m["teacher"] or teacher == "untrained-goose"
     on_hub = "/" in teacher or re.fullmatch(r"(distil)?gpt2(-medium|-large|-xl)?", teacher)
@@ -4185,9 +4181,10 @@ def _gate_status(student: GooseForCausalLM) -> tuple[bool, str]:
         return False, "ungated: no gate.json was found; run the v15 notebook first"
     files.sort(key=lambda path: -path.stat().st_mtime)
     gates = [*map(_read_json, files)]
-    gates += [gate["other"] for gate in gates if gate.get("other")]  # before or after a remedy
-    gates = [gate for gate in gates if {"student", "metrics", "tokens"} <= {*gate}]
-    gate = next((gate for gate in gates if gate["student"] == student.content_hash()), None)
+    gates += [gate["other"] for gate in gates if isinstance(gate.get("other"), dict)]  # a remedy's
+    gates = [g for g in gates if [type(g.get(key)) for key in ("metrics", "tokens")] == [dict, int]
+             and {type(m) is dict and type(m.get("pass")) for m in g["metrics"].values()} == {bool}]
+    gate = next((gate for gate in gates if gate.get("student") == student.content_hash()), None)
     if gate is None:
         return False, "ungated: the gates that were found are of other students"
     over, failed = f"over {gate['tokens']:,} tokens", [
@@ -4199,17 +4196,17 @@ def _gate_status(student: GooseForCausalLM) -> tuple[bool, str]:
     return True, f"gated: it passed all {len(gate['metrics'])} metrics {over}"
 
 
-def _find_run(name: str | None, without: tuple[str, ...], sites: tuple[str, ...]) -> Path | None:
+def _find_run(name: str | Path | None, without: Iterable[str], sites: Iterable[str]) -> Path | None:
     """The folder of a finished run that left a student; see load_student. None where there is none.
     Raises ValueError for a name that belongs to no finished run, listing those there are."""
     def left_a_student(path: Path) -> bool:
         parts = ("config.json", "metrics.json", "student/config.json")
-        there = all(os.path.isfile(path / part) for part in parts)
-        return there and "recipe" in _read_json(path / "config.json")
+        return all(os.path.isfile(path / part) for part in parts)
 
     def fits(path: Path) -> bool:
         spiking = _read_json(path / "student" / "config.json").get("spike_sites", ())
-        return path.parent.name not in without and {*sites} <= {*spiking}
+        ours = "recipe" in _read_json(path / "config.json")
+        return ours and path.parent.name not in without and {*sites} <= {*spiking}
 
     def age(path: Path) -> tuple[float, list[int]]:  # attached files may be equally old
         numbers = [int(part) for part in re.findall(r"\d+", path.parent.name)]
@@ -4219,8 +4216,9 @@ def _find_run(name: str | None, without: tuple[str, ...], sites: tuple[str, ...]
     if name is None:
         return max(filter(fits, found), key=age, default=None)
     known = {f"{path.parent.name}/{path.name}": path for path in reversed(found)}
-    if left_a_student(Path(name)):
-        known[name] = Path(name)
+    name, given = str(name), Path(os.path.expanduser(name))
+    if left_a_student(given):
+        return given
     _require(name in known, "student_run", name,
              ", ".join(sorted(known)) or "a finished run; there is none yet")
     return known[name]
@@ -4228,9 +4226,10 @@ def _find_run(name: str | None, without: tuple[str, ...], sites: tuple[str, ...]
 
 def _load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, dict[str, Any]]:
     """(student, recipe, metrics) of a finished run, one of an earlier version included: fields that
-    are no longer known are left out, with a line. Raises ValueError for a damaged student."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    given, profile = settings["recipe"], settings.get("profile")
+    are no longer known are left out, with a line. Raises ValueError for a damaged file."""
+    settings, metrics = (_read_json(folder / f"{name}.json") for name in ("config", "metrics"))
+    given, profile, whole = settings.get("recipe"), settings.get("profile"), "a finished run's file"
+    _require(isinstance(given, dict), str(folder / "config.json"), "damaged", whole)
     if isinstance(profile, dict):  # of before version 18
         given = {**profile, **given, "profile": profile["name"], "corpus": profile["corpus"],
                  "teacher": profile["teacher"], "head_dim": given.get("head_width", 64)}
@@ -4247,7 +4246,8 @@ def _load_run(folder: Path) -> tuple[GooseForCausalLM, Recipe, dict[str, Any]]:
         raise ValueError(f"{what} cannot be loaded: {_first_line(error)}; it needs config.json and "
                          "whole weights.") from error
     _check_weights(student, what, info)
-    return student.eval(), recipe, json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    _require(_is_training(metrics), str(folder / "metrics.json"), "damaged", whole)
+    return student.eval(), recipe, metrics
 
 
 @dataclass(frozen=True)
@@ -4282,7 +4282,7 @@ class _LoadedStudent:
                 f"to its teacher, {m['training']['step']} steps")
 
 
-def load_student(name: str | None = None, without: tuple[str, ...] = (),
+def load_student(name: str | Path | None = None, without: tuple[str, ...] = (),
                  sites: tuple[str, ...] = (), corpus: str | None = None,
                  teacher: str | None = None) -> _LoadedStudent:
     """The student that a notebook works on, with its task and its gate.

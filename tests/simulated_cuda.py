@@ -7,6 +7,7 @@ say cuda:N, hold CPU data and refuse what CUDA refuses. It knows nothing of time
 Libraries are imported before `install`, which cannot be undone: each use is a process of its own.
 """
 import ctypes
+import functools
 import importlib.util
 import os
 import re
@@ -20,61 +21,57 @@ from types import SimpleNamespace
 GUARD = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#define IS(head, ...) head const override { return __VA_ARGS__; }
 namespace at {
 struct CUDAHooks : CUDAHooksInterface {
   CUDAHooks(CUDAHooksArgs) {}
-  void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  DeviceIndex deviceCount() const override { return 8; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
-  bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  void deviceSynchronize(DeviceIndex) const override {}
+  IS(bool hasCUDA(), true) IS(bool isBuilt(), true) IS(bool isAvailable(), true) IS(void init(),)
+  IS(DeviceIndex deviceCount(), 8) IS(DeviceIndex current_device(), 0)
+  IS(DeviceIndex getCurrentDevice(), 0) IS(void setCurrentDevice(DeviceIndex),)
+  IS(DeviceIndex exchangeDevice(DeviceIndex), 0) IS(DeviceIndex maybeExchangeDevice(DeviceIndex), 0)
+  IS(bool hasPrimaryContext(DeviceIndex), true) IS(void deviceSynchronize(DeviceIndex),)
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 }
+using c10::Device, c10::DeviceIndex, c10::Stream;
 struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  using S = c10::Stream;
-  c10::DeviceIndex deviceCount() const noexcept override { return 8; }
-  c10::Device getDevice() const override { return {c10::kCUDA, 0}; }
-  c10::Device exchangeDevice(c10::Device) const override { return {c10::kCUDA, 0}; }
-  S getStream(c10::Device d) const noexcept override {
-    return S(S::DEFAULT, c10::Device(c10::kCUDA, d.index() < 0 ? 0 : d.index()));
+  DeviceIndex deviceCount() const noexcept override { return 8; }
+  IS(Device getDevice(), {c10::kCUDA, 0}) IS(Device exchangeDevice(Device), {c10::kCUDA, 0})
+  Stream getStream(Device d) const noexcept override {
+    return Stream(Stream::DEFAULT, Device(c10::kCUDA, d.index() < 0 ? 0 : d.index()));
   }
-  S getDefaultStream(c10::Device d) const override { return getStream(d); }
-  S getNewStream(c10::Device d, int) const override { return getStream(d); }
-  S exchangeStream(S s) const noexcept override { return s; }
-  void record(void**, const S&, const c10::DeviceIndex,
-              const c10::EventFlag) const override {}
-  void block(void*, const S&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void synchronizeEvent(void*) const override {}
-  void synchronizeDevice(const c10::DeviceIndex) const override {}
-  void recordDataPtrOnStream(const c10::DataPtr&, const S&) const override {}
-  bool isStreamCapturing(const S&) const override { return false; }
+  IS(Stream getDefaultStream(Device d), getStream(d))
+  IS(Stream getNewStream(Device d, int), getStream(d))
+  Stream exchangeStream(Stream s) const noexcept override { return s; }
+  IS(void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag),)
+  IS(void block(void*, const Stream&),) IS(bool queryEvent(void*), true)
+  IS(void synchronizeEvent(void*),) IS(void synchronizeDevice(const DeviceIndex),)
+  IS(void recordDataPtrOnStream(const c10::DataPtr&, const Stream&),)
 };
-static Guard guard;
-static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+extern "C" void register_guard() {
+  static Guard guard;
+  static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+}
 """
 
 
 def load_guard():
-    """Builds and loads GUARD, before torch is imported: what registers first counts."""
+    """Loads GUARD, built once for several runs: hooks before torch, the guard after it, which a
+    torch for CUDA has too."""
     root = Path(importlib.util.find_spec("torch").origin).parent
     with tempfile.TemporaryDirectory() as folder:
-        source, built = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source = Path(folder, "guard.cpp")
+        built = Path(os.environ.get("GUARD", source.with_suffix(".so")))
         source.write_text(GUARD)
-        subprocess.run(["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, "-o", built,
-                        f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include",
-                        f"-L{root}/lib", "-lc10", "-ltorch_cpu"], check=True)
+        command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", source, "-o", built, "-lc10",
+                   f"-I{root}/include", f"-L{root}/lib", "-ltorch_cpu"]
+        if not built.is_file():
+            subprocess.run(command, check=True)
         for path in (*sorted((root / "lib").glob("libgomp*")), root / "lib" / "libc10.so",
                      root / "lib" / "libtorch_cpu.so", built):
-            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    import torch  # noqa: F401
+    library.register_guard()
 
 
 if "torch" not in sys.modules:
@@ -82,7 +79,6 @@ if "torch" not in sys.modules:
 
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 CARD = SimpleNamespace(count=1, capability=(7, 5), generators={})
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
@@ -134,6 +130,30 @@ class CudaTensor(torch.Tensor):
         return self.inner.data_ptr()
 
 
+def each(x, do):
+    """x with do(tensor) in the place of every tensor in it, in lists, tuples and dictionaries."""
+    if isinstance(x, torch.Tensor):
+        return do(x)
+    if isinstance(x, dict):
+        return {key: each(value, do) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return (list if isinstance(x, list) else tuple)([each(value, do) for value in x])
+    return x
+
+
+@functools.cache
+def facts(func):
+    """What a schema says, asked once: {alias: (position, name)} written, aliases of results, ..."""
+    schema, written = func._schema, {}
+    for i, a in enumerate(schema.arguments):
+        if a.alias_info is not None and a.alias_info.is_write:
+            written.update(dict.fromkeys(a.alias_info.before_set, (i, a.name)))
+    known = [r.alias_info for r in schema.returns]
+    returns = [next(iter(a.before_set)) if a is not None and a.is_write else None for a in known]
+    return SimpleNamespace(written=written, returns=returns, mutable=schema.is_mutable,
+                           random="generator" in [a.name for a in schema.arguments])
+
+
 def generator(device):
     """The generator of a card."""
     index = torch.device(device).index or 0
@@ -144,17 +164,16 @@ def generator(device):
 
 def refuse(name, func, args, kwargs, on_card, on_host):
     """Raises what CUDA raises for operands that do not belong together or have no kernel."""
-    devices = sorted({str(x.device) for x in on_card})
+    devices = {x.device for x in on_card}
     host = [x for x in on_host if x.dim() > 0 or name in ("mm", "bmm", "addmm", "cat", "embedding")]
     if name in INDEXING and isinstance(args[0], CudaTensor):  # indices may be on the host
-        host = [x for x in tree_leaves(args[2:3]) if any(x is y for y in host)]
-    written = func._schema.is_mutable and isinstance(args[0], torch.Tensor) and (
-        not isinstance(args[0], CudaTensor))
+        host = [x for x in args[2:3] if any(x is y for y in host)]
+    written = facts(func).mutable and any(args[0] is x for x in on_host)
     if name not in COPYING and (len(devices) > 1 or host or written):
+        found = [*map(str, devices), *["cpu"] * bool(host or written)]
         raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
-                           f"devices, {', '.join(devices)}{' and cpu' * bool(host or written)}! "
-                           f"({func})")
-    if not str(func).startswith(("aten.", "prims.", "prim.", "profiler.", "c10d")):
+                           f"devices, {' and '.join(found)}! ({func})")
+    if not func.namespace.startswith(("aten", "prim", "profiler", "c10d")):
         raise NotImplementedError(f"Could not run '{func}' with arguments from the 'CUDA' backend.")
     half = any(x.dtype.itemsize == 2 for x in on_card)
     if half and name.startswith("linalg_") and name != "linalg_vector_norm":
@@ -168,22 +187,19 @@ def refuse(name, func, args, kwargs, on_card, on_host):
 def compute(func, args, kwargs):
     """The operation on the host, products of fp16 summed in fp32 as tensor cores do."""
     name = func.overloadpacket.__name__
-    if str(func) == "aten.mm.dtype":
+    if name == "mm" and func._overloadname == "dtype":
         return args[0].float() @ args[1].float()
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    if name in ("mm", "addmm", "bmm", "baddbmm") and tensors[0].dtype == torch.float16:
-        args = tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) else x, args)
-        return func(*args, **kwargs).half()
+    if name in ("mm", "addmm", "bmm", "baddbmm") and args[-1].dtype == torch.float16:
+        return func(*each(args, torch.Tensor.float), **kwargs).half()
     return func(*args, **kwargs)
 
 
 def dispatch(func, args, kwargs):
     """One operation: refused, or done on the host and given back under the card's name."""
-    name, tensors = func.overloadpacket.__name__, [
-        x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    name, tensors = func.overloadpacket.__name__, []
+    each((args, kwargs), tensors.append)
     on_card = [x for x in tensors if isinstance(x, CudaTensor)]
-    wanted = kwargs.get("device")
-    wanted = torch.device(wanted) if wanted is not None else None
+    wanted = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if not on_card and (wanted is None or wanted.type != "cuda"):
         return func(*args, **kwargs)
     if wanted is not None and wanted.type == "cuda":
@@ -195,37 +211,31 @@ def dispatch(func, args, kwargs):
         kwargs = {**kwargs, "device": torch.device("cpu" if wanted.type == "cuda" else wanted)}
     on_host = [x for x in tensors if not isinstance(x, CudaTensor)]
     refuse(name, func, args, kwargs, on_card, on_host)
-    if device.type == "cuda" and "generator" in [a.name for a in func._schema.arguments]:
+    if device.type == "cuda" and facts(func).random:
         kwargs = {**kwargs, "generator": generator(device)}
     if name == "_has_compatible_shallow_copy_type":
         return False
     kwargs.pop("pin_memory", None)
-    out = compute(func, *tree_map(lambda x: x.inner if isinstance(x, CudaTensor) else x,
-                                  (args, kwargs)))
+    inner = each((args, kwargs), lambda x: x.inner if isinstance(x, CudaTensor) else x)
+    out = compute(func, *inner)
     return given_back(func, args, kwargs, out, device)
 
 
 def given_back(func, args, kwargs, out, device):
     """The results as CudaTensors; what was written to in place is the argument itself."""
-    written = {}
-    for i, a in enumerate(func._schema.arguments):
-        if a.alias_info is not None and a.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(a.name)
-            written.update(dict.fromkeys(a.alias_info.before_set, value))
-
     def wrap(x):
-        bare = isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor)
-        return CudaTensor(x, device) if bare and device.type == "cuda" else x
+        return CudaTensor(x, device) if device.type == "cuda" else x
 
-    def one(declared, value):
-        if declared.alias_info is not None and declared.alias_info.is_write:
-            return written[next(iter(declared.alias_info.before_set))]
-        return tree_map(wrap, value)
+    def one(alias, value):
+        if alias is None:
+            return each(value, wrap)
+        i, name = facts(func).written[alias]
+        return args[i] if i < len(args) else kwargs[name]
 
-    declared = func._schema.returns
-    if len(declared) > 1 and isinstance(out, (tuple, list)):
-        return tuple(map(one, declared, out))
-    return one(declared[0], out) if declared else out
+    returns = facts(func).returns
+    if len(returns) > 1 and isinstance(out, (tuple, list)):
+        return tuple(map(one, returns, out))
+    return one(returns[0], out) if returns else out
 
 
 class Mode(TorchDispatchMode):
@@ -256,13 +266,15 @@ def install(count=1, capability=(7, 5), memory=15_828_320_256):
     properties = SimpleNamespace(name=name, major=capability[0], minor=capability[1],
                                  total_memory=memory, multi_processor_count=40)
 
-    def seed_all(seed):
-        for index in range(count):
-            generator(torch.device("cuda", index)).manual_seed(int(seed))
+    cards = [torch.device("cuda", index) for index in range(count)]
 
-    def set_states(states):
-        for index, state in enumerate(states):
-            generator(torch.device("cuda", index)).set_state(state)
+    def seed_all(seed):
+        for card in cards:
+            generator(card).manual_seed(int(seed))
+
+    def restore(states):
+        for card, state in zip(cards, states):
+            generator(card).set_state(state)
 
     answers = {
         "is_available": True, "device_count": count, "is_initialized": True, "_lazy_init": None,
@@ -277,11 +289,9 @@ def install(count=1, capability=(7, 5), memory=15_828_320_256):
         "is_bf16_supported": lambda including_emulation=True: (
             including_emulation or capability[0] >= 8),  # as torch answers for a T4
         "manual_seed_all": seed_all, "manual_seed": lambda seed: seed_all(seed),
-        "get_rng_state": lambda device=0: generator(torch.device("cuda", 0)).get_state(),
-        "get_rng_state_all": lambda: [generator(torch.device("cuda", i)).get_state()
-                                      for i in range(count)],
-        "set_rng_state": lambda state, device=0: set_states([state]),
-        "set_rng_state_all": set_states}
+        "get_rng_state": lambda device=0: generator(cards[0]).get_state(),
+        "get_rng_state_all": lambda: [generator(card).get_state() for card in cards],
+        "set_rng_state": lambda state, device=0: restore([state]), "set_rng_state_all": restore}
     for key, function in functions.items():
         vars(cuda)[key] = function
         if key in vars(cuda.random):
@@ -299,6 +309,14 @@ def install(count=1, capability=(7, 5), memory=15_828_320_256):
     Mode().__enter__()
 
 
+def with_values(source, **values):
+    """A page's source with other values, given as literals, in the place of those it sets."""
+    for name, value in values.items():
+        source, found = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value}  ", source, count=1)
+        assert found, f"there is no parameter {name}"
+    return source
+
+
 def main(path, *values):
     """Runs a file under the simulation."""
     torch.set_num_threads(1)
@@ -306,11 +324,8 @@ def main(path, *values):
     import transformers  # noqa: F401
     install(int(os.environ.get("GPUS", 1)),
             tuple(map(int, os.environ.get("CAPABILITY", "7.5").split("."))))
-    source = Path(path).read_text(encoding="utf-8")
-    for name, value in (pair.split("=", 1) for pair in values):
-        source, found = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, count=1,
-                                flags=re.MULTILINE)
-        assert found, f"{path} has no parameter {name}"
+    given = dict(pair.split("=", 1) for pair in values)
+    source = with_values(Path(path).read_text(encoding="utf-8"), **given)
     sys.path.insert(0, str(Path(path).resolve().parent))
     exec(compile(source, path, "exec"), {"__name__": "__main__", "__file__": path})
 

@@ -192,6 +192,8 @@ def test_of_several_students_the_newest_that_fits_is_taken(a_run, tmp_path, monk
     monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("ASNN_INPUTS", str(tmp_path))
     assert find("v14.3/morning", (), ()) == plain
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find(old, (), ()) == old == find("~/outputs/v14.4-rates/night", (), ())
     with pytest.raises(ValueError, match=r"student_run is 'noon'; allowed: v14.3/morning, v14.4-"):
         find("noon", (), ())
 
@@ -227,6 +229,15 @@ def test_run_folders_of_before_are_read_with_one_line(a_run, capsys):
     assert student.content_hash() == expected.student.content_hash()
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+@pytest.mark.parametrize("content", ['{"recipe": {"lr": 0', '{"recipe": 1, "gap": 1}'])
+def test_a_damaged_file_of_a_run_is_named(a_run, name, content):
+    path = a_run() / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{path} is 'damaged'; allowed: a finished run's file."):
+        asnn.load_student("v14.4-rates/night")
+
+
 def gate_of(student, passed=True, tokens=20_480):
     return {"student": student.content_hash(), "tokens": tokens,
             "metrics": {"dead channels": {"pass": True}, "CKA": {"pass": passed}}}
@@ -244,6 +255,10 @@ def test_a_claim_is_gated_only_by_a_passed_gate_of_the_same_student(student, tmp
     write(gate_of(student))
     assert status(student) == (True, "gated: it passed all 2 metrics over 20,480 tokens")
     assert not status(other)[0] and "of other students" in status(other)[1]
+    for changed in ({"metrics": []}, {"metrics": {}}, {"metrics": {"CKA": True}}, {"tokens": "5"},
+                    {"metrics": {"CKA": {"pass": "no"}}}, {"student": ["a"], "other": "b"}):
+        write({**gate_of(student), **changed})  # of our keys, but of another tool
+        assert status(student) == (False, status(other)[1])
     write(gate_of(student, tokens=4096))
     assert "over 4,096 tokens, and 20,000 are needed" in status(student)[1]
     # The student before a remedy is known too, and the newest gate of a student counts.
@@ -266,7 +281,7 @@ def test_a_claim_is_gated_only_by_a_passed_gate_of_the_same_student(student, tmp
 
 def test_the_environment_says_where_and_on_what(monkeypatch, tmp_path):
     found = asnn.environment()
-    assert found["versions"]["torch"] == torch.__version__ and found["disk_free_gb"] > 0
+    assert torch.__version__.startswith(found["versions"]["torch"]) and found["disk_free_gb"] > 0
     assert {"transformers", "datasets", "accelerate", "numpy"} <= set(found["versions"])
     assert found["hardware"].endswith(f"{torch.get_num_threads()} thread") and found["cpu"]
     assert json.loads(json.dumps(found)) == found and found["platform"] == "local"
@@ -303,7 +318,7 @@ def test_figures_have_one_style_and_plain_numbers_and_are_saved():
         assert asnn.figure_style() == asnn.COLOURS and len(set(asnn.COLOURS.values())) == 8
         cycle = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
         figure, axes = pyplot.subplots()
-        axes.plot([1, 2, 4000], [150, 400, 3000])
+        axes.plot([1, 2, 4000], [150, 400, 900])
         axes.set(xscale="log", yscale="log")
         run = asnn.Run.open("v14.3", "name", SETTINGS)
         run.show(figure, "curve")
@@ -357,8 +372,7 @@ def test_a_good_run_passes_all_twelve_checks_and_some_do_not_apply():
     good = checks_of()
     assert len(good) == 12 and all(row["passed"] is True and row["value"] for row in good)
     json.dumps(good)
-    plain = checks_of(recipe={"fdd": "none", "temperature": "fixed"}, previous_ppl=None,
-                      log=NO_FDD)
+    plain = checks_of(recipe={"fdd": "none", "temperature": "fixed"}, previous_ppl=None, log=NO_FDD)
     assert {row["name"] for row in plain if row["passed"] is None} == {
         "improved on the previous version", "FDD active", "tau evolved", "FDD loss decreased"}
     assert all(row["passed"] is not False for row in plain)
@@ -413,8 +427,11 @@ def test_the_tax_goes_on_where_the_hours_ended_and_repeats_nothing(small_task, m
     arguments = task, run, range(42, 44), 2, known, lambda: None
     first = page.measure_tax(*arguments)
     assert made == ["dense-42-2", "ternary-43-2", "dense-43-2"]
+    kept = {path.relative_to(run.folder / "tax").parts[0] for path in run.folder.glob("tax/*/*")}
+    assert kept == {"dense-43-2"}  # a checkpoint takes 1.2 GB at full size: that of what goes on
     second = page.measure_tax(*arguments)
     assert made[3:] == ["dense-43-2"] and [row["seed"] for row in second] == [42, 43]
+    assert not [*run.folder.glob("tax/*")]
     assert first == second[:1] and page.measure_tax(*arguments) == second and len(made) == 4
 
 

@@ -44,9 +44,8 @@ def gpt2(**options):
 
 def rwkv():
     torch.manual_seed(0)
-    return RwkvForCausalLM(RwkvConfig(
-        vocab_size=V, hidden_size=D, num_hidden_layers=2, context_length=24, bos_token_id=None,
-        eos_token_id=None)).eval()
+    return RwkvForCausalLM(RwkvConfig(vocab_size=V, hidden_size=D, num_hidden_layers=2,
+        context_length=24, bos_token_id=None, eos_token_id=None)).eval()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What only a GPU can show: `pytest -m gpu tests/test_gpu.py`, under eight minutes on any card."""
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import asnn_common as asnn
 from conftest import ROOT
+from simulated_cuda import with_values
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -277,10 +277,8 @@ def test_the_pages_run(tmp_path_factory, cache, name):
     folder = tmp_path_factory.getbasetemp() / "pages"
     folder.mkdir(exist_ok=True)
     source = (ROOT / "notebooks" / f"{name}.py").read_text()
-    for key, value in PAGES[name].items():
-        source, found = re.subn(rf"(?m)^{key} = [^#\n]*", f"{key} = {value!r}  ", source, count=1)
-        assert found, key
-    (folder / f"{name}.py").write_text(source)
+    given = {key: repr(value) for key, value in PAGES[name].items()}
+    (folder / f"{name}.py").write_text(with_values(source, **given))
     known = set(folder.glob("outputs/*/*/metrics.json"))
     done = subprocess.run([sys.executable, folder / f"{name}.py"], cwd=folder, text=True, env={
         **os.environ, "ASNN_HOME": str(ROOT), "ASNN_PROFILE": "tiny", "ASNN_CACHE": str(cache),

@@ -132,6 +132,8 @@ def test_what_a_tokenizer_was_used_for_neither_cuts_nor_pads_the_corpus(inputs, 
     used.save_pretrained(folder)
     assert json.loads((folder / "tokenizer.json").read_text())["padding"]
     *_, tokenizer, _ = asnn._load_teacher(str(folder))
+    backend = tokenizer.backend_tokenizer  # a student's folder gets this tokenizer too
+    assert backend.truncation is None and backend.padding is None
     found = asnn._tokenize_corpus(corpus, tokenizer)
     assert {split: len(ids) for split, ids in found.items()} == whole
 
@@ -210,7 +212,12 @@ def test_what_may_not_be_read_is_passed_over(inputs):
     assert done.stdout.split("\n")[0] == "['input', 'wikitext-2']"
 
 
-@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', '{"version": "v14.3", "corp', "", "[1]"])
+OURS = ("version", "run", "corpus", "teacher", "student", "gap", "training", "environment",
+        "recipe", "metrics", "tokens", "other")
+
+
+@pytest.mark.parametrize("content", ['{"accuracy": 0.9}', '{"version": "v14.3", "corp', "", "[1]",
+                                     json.dumps(dict.fromkeys(OURS, 1))])
 def test_files_of_other_tools_are_no_runs(inputs, content):
     folder = inputs.parent / "outputs" / "tracker" / "exp1"
     (folder / "student").mkdir(parents=True)

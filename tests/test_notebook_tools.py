@@ -195,6 +195,12 @@ def test_readme_tables_follow_the_numbers(tmp_path):
         readme.rendered("no marks here")
 
 
+def test_readme_says_what_keeps_outputs_on_colab():
+    text = (ROOT / "README.md").read_text()
+    assert '`from google.colab import drive; drive.mount("/content/drive")`' in text
+    assert "`%env ASNN_OUTPUTS=/content/drive/MyDrive/asnn`" in text
+
+
 # ---- make env
 
 

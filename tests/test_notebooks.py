@@ -12,6 +12,7 @@ import sys
 import asnn_common as asnn
 import pytest
 from conftest import ROOT, kaggle_session, read_only
+from simulated_cuda import with_values
 
 PAGES = sorted((ROOT / "notebooks").glob("asnn_*.py"))
 DISTIL = ROOT / "notebooks" / "asnn_v14_3_distill.py"
@@ -23,11 +24,8 @@ def cell_of(source, tag):
 
 def script(working, page, **values):
     """A copy of a page in a session, with other values of its parameters."""
-    source = page.read_text()
-    for name, value in values.items():
-        assert f"\n{name} = " in source
-        source = re.sub(rf"\n{name} = \S+", f"\n{name} = {value!r}", source, count=1)
-    (working / page.name).write_text(source)
+    given = {name: repr(value) for name, value in values.items()}
+    (working / page.name).write_text(with_values(page.read_text(), **given))
     return [sys.executable, page.name]
 
 

@@ -6,6 +6,10 @@ import sys
 
 import pytest
 from conftest import ROOT
+from simulated_cuda import with_values
+
+PAGES = {"asnn_v14_4_transfer": {"steps": 3, "tax_seeds": 1, "tax_steps": 2}, "asnn_v17_bench": {
+    "device_name": "'cuda'", "repeats": 1, "batches": [1], "contexts": [16]}}
 
 REFUSED = """
 import torch
@@ -33,11 +37,16 @@ assert y.grad.device == x.device and y.grad.cpu().tolist() == [[6.0] * 3] * 3
 assert torch.mm(x.half(), x.half(), out_dtype=torch.float32).dtype == x.dtype
 """
 
+# Smaller than profile tiny: every operation costs a call of Python, whatever its size.
+SMALL = """
+import asnn_common as asnn
+asnn.PROFILES["tiny"] |= {
+    "n_layer": 1, "seq_len": 32, "teacher_steps": 2, "eval_windows": 2, "final_windows": 4}
+"""
+
 TRAINING = """
 import math, torch
-import asnn_common as asnn
-small = {"distill_steps": 3, "align_steps": 1, "eval_every": 2, "teacher_steps": 2}
-task = asnn.load_task(asnn.get_recipe("v14.4-rates", "tiny", **small))
+task = asnn.load_task(asnn.get_recipe("v14.4-rates", "tiny", distill_steps=3, align_steps=1))
 
 
 class Scaled(asnn.DistillationTrainer):  # a GradScaler that starts at 65536 skips all three steps
@@ -64,45 +73,46 @@ assert next(task.teacher.parameters()).is_cuda  # it ranked the windows there
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    """Runs a file, or code, under the simulation; several share cache and outputs."""
+    """Runs code under the simulation; all runs share cache and outputs."""
     folder = tmp_path_factory.mktemp("simulated")
 
-    def run(path, *values, **variables):
-        if isinstance(path, str):
-            (folder / "code.py").write_text(path)
-            path = folder / "code.py"
+    def run(code, **variables):
+        (folder / "code.py").write_text(code)
         env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
                "ASNN_PROFILE": "tiny", "ASNN_HOME": str(ROOT), "MPLBACKEND": "Agg",
                "ASNN_OUTPUTS": str(folder / "outputs"), "ASNN_REF": "", "OMP_NUM_THREADS": "1",
-               "PYTHONWARNINGS": "default", **variables}
-        done = subprocess.run([sys.executable, ROOT / "tests" / "simulated_cuda.py", path, *values],
-                              env=env, capture_output=True, text=True)
+               "GUARD": str(folder / "guard.so"), "PYTHONWARNINGS": "default", **variables}
+        command = [sys.executable, ROOT / "tests" / "simulated_cuda.py", folder / "code.py"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         assert "FutureWarning" not in done.stderr
         return done.stdout, folder / "outputs"
     return run
 
 
-def test_the_simulation_refuses_what_a_card_refuses(simulated):
-    simulated(REFUSED, GPUS="2")
+def test_the_simulation_refuses_and_two_cards_do_three_steps_of_the_default_recipe(simulated):
+    simulated(REFUSED + SMALL + TRAINING, GPUS="2", CAPABILITY="8.0")
 
 
-@pytest.mark.parametrize("gpus", ["1", "2"])
-def test_three_steps_of_the_default_recipe(simulated, gpus):
-    simulated(TRAINING, GPUS=gpus, CAPABILITY="8.0")
+def test_one_card_does_three_steps_of_the_default_recipe(simulated):
+    simulated(SMALL + TRAINING, GPUS="1", CAPABILITY="8.0")
 
 
 def test_the_gpu_branches_of_v14_4_and_v17(simulated):
-    page = ROOT / "notebooks" / "asnn_v14_4_transfer.py"
-    out, outputs = simulated(page, "steps=3", "tax_seeds=1", "tax_steps=2")
-    assert "Finished: v14.4-rates" in out and "float16" not in out
+    code = SMALL
+    for name, values in PAGES.items():
+        path = ROOT / "notebooks" / f"{name}.py"
+        source = with_values(path.read_text(encoding="utf-8"), **values)
+        names = {"__name__": "__main__", "__file__": str(path)}
+        code += f"exec(compile({source!r}, {str(path)!r}, 'exec'), {names})\n"
+    out, outputs = simulated(code)
+    first, second = out.split("Finished: v14.4-rates")
+    assert "float16" not in first
     (metrics,) = outputs.glob("v14.4-rates/*/metrics.json")
     metrics = json.loads(metrics.read_text())
     assert metrics["environment"]["device"] == "cuda:0"
     assert metrics["training"]["precision"] == "fp16"  # of a T4
-    page = ROOT / "notebooks" / "asnn_v17_bench.py"
-    out, outputs = simulated(page, 'device_name="cuda"', "repeats=1", "batches=[1]")
-    assert "Finished: v17" in out and "simulated GPU" in out
+    assert "Finished: v17" in second and "simulated GPU" in second
     (rows,) = outputs.glob("v17/*/bench.json")
     rows = json.loads(rows.read_text())["rows"]
     assert all("int8" not in row["system"] and "compiled" not in row["system"] for row in rows)

@@ -214,9 +214,8 @@ def child(script, recipes, folder, **environment):
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(asnn.__file__).parent)])
     return subprocess.Popen(
         [sys.executable, "-c", script, json.dumps(fields), str(folder)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1",
-             "CUDA_VISIBLE_DEVICES": "", **environment})
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment})
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(on, tmp_path):
