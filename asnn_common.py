@@ -261,7 +261,7 @@ def ternary_spike(x: Tensor, theta: Tensor, estimator: str = "clipped", levels: 
     return _SpikeFunction.apply(x, theta, levels, binary, estimator, width)
 
 
-class SpikeTrain(nn.Module):
+class _SpikeTrain(nn.Module):
     """Spikes of x (B, T, C) at thresholds theta, or x itself in a dense twin. All spikes pass
     through such a module: there they are observed and replaced."""
 
@@ -284,9 +284,9 @@ class _Site(nn.Module):
     def __init__(self, kind: str, estimator: str, steps: int, size: int):
         super().__init__()
         self.levels, self.kind, self.estimator = _spike_levels(kind), kind, estimator
-        self.spikes, self.second = SpikeTrain(kind, estimator), None
+        self.spikes, self.second = _SpikeTrain(kind, estimator), None
         if steps == 2 and kind != "dense":
-            self.second = SpikeTrain(kind, estimator)
+            self.second = _SpikeTrain(kind, estimator)
             self.residual_alpha = nn.Parameter(torch.full((size,), RESIDUAL_ALPHA))
             self.residual_height = nn.Parameter(torch.full((size,), RESIDUAL_HEIGHT))
 
@@ -1213,9 +1213,9 @@ def spike_modules(student: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in found.items() if isinstance(m, (TernarySpike, SpikeEncoder))}
 
 
-def _trains(student: nn.Module) -> dict[str, SpikeTrain]:
+def _trains(student: nn.Module) -> dict[str, _SpikeTrain]:
     """{"layer.site": its spikes, and "layer.site.2": those of a second train}, in their order."""
-    found: dict[str, SpikeTrain] = {}
+    found: dict[str, _SpikeTrain] = {}
     for name, site in spike_modules(student).items():
         found |= {name: site.spikes, f"{name}.2": site.second}
     return {name: train for name, train in found.items() if train is not None}
@@ -1478,7 +1478,7 @@ class _SpikeWatch(contextlib.ExitStack):
         for name, train in _trains(student).items():
             self.enter_context(train.register_forward_hook(functools.partial(self._rate, name)))
 
-    def _rate(self, name: str, module: SpikeTrain, args: tuple, _output: Tensor) -> None:
+    def _rate(self, name: str, module: _SpikeTrain, args: tuple, _output: Tensor) -> None:
         if not module.training or module.kind == "dense":
             return
         x, theta = args
@@ -3507,8 +3507,8 @@ def distil(task: Task, recipe: Recipe | None = None, folder: Path | None = None,
            **arguments: Any) -> tuple[GooseForCausalLM, SimpleNamespace]:
     """Builds the student of `recipe` (the task's, or one with other values), or takes the one that
     is given, and trains it; see DistillationTrainer, of which `trainer` may be a subclass, and its
-    `run` for the result. Where there are two GPUs, the teacher takes the second. `twin` is a trained
-    dense twin, whose layers teach too where the recipe has a twin_weight."""
+    `run` for the result. Where there are two GPUs, the teacher takes the second. `twin` is a
+    trained dense twin, whose layers teach too where the recipe has a twin_weight."""
     task = dataclasses.replace(task, recipe=recipe or task.recipe)
     recipe, device = task.recipe, _select_device()[0]
     student = task.build_student() if student is None else student
