@@ -276,6 +276,10 @@ class _SpikeTrain(nn.Module):
         return ternary_spike(x, theta, self.estimator, self.levels, self.kind == "binary")
 
 
+# Of the second train, relative to the first: near the best for a Gaussian whose rates stay in band.
+RESIDUAL_ALPHA, RESIDUAL_HEIGHT = 0.4, 0.33
+
+
 class _Site(nn.Module):
     """What both kinds of sites share: one train of spikes, or a second one on what the first left,
     x - height * s. The code s_1 + residual_height * s_2 has one value for a channel, so that the
@@ -283,8 +287,8 @@ class _Site(nn.Module):
 
     def __init__(self, kind: str, estimator: str, steps: int, size: int):
         super().__init__()
-        self.levels, self.kind, self.estimator = _spike_levels(kind), kind, estimator
         self.spikes, self.second = _SpikeTrain(kind, estimator), None
+        self.levels, self.kind = self.spikes.levels, kind
         if steps == 2 and kind != "dense":
             self.second = _SpikeTrain(kind, estimator)
             self.residual_alpha = nn.Parameter(torch.full((size,), RESIDUAL_ALPHA))
@@ -298,10 +302,6 @@ class _Site(nn.Module):
         rest = x - height.to(x.dtype) * spikes
         again = self.second(rest, self.residual_alpha.float().abs() * theta.detach())
         return spikes + self.residual_height.to(x.dtype) * again
-
-
-# Of the second train, relative to the first: near the best for a Gaussian whose rates stay in band.
-RESIDUAL_ALPHA, RESIDUAL_HEIGHT = 0.4, 0.33
 
 
 class TernarySpike(_Site):
@@ -399,19 +399,16 @@ class SpikeEncoder(_Site):
         self.alpha.copy_(best * deviation)
         self.amplitude.copy_(self._height(x, self.alpha, 1.53 * deviation))
         if self.second is not None:
-            rest = x - self.amplitude * torch.sign(x) * self._count(x, self.alpha)
+            rest = x - self.amplitude * _count(x, self.alpha, self.levels, False)
             deviation = rest.abs().mean(0).clamp_min(1e-3)
             self.residual_alpha.copy_(0.9 * deviation / self.alpha)
             height = self._height(rest, 0.9 * deviation, 1.53 * deviation)
             self.residual_height.copy_(height / self.amplitude)
 
-    def _count(self, x: Tensor, theta: Tensor) -> Tensor:
-        return sum((x.abs() > n * theta).float() for n in range(1, self.levels + 1))
-
     def _height(self, x: Tensor, theta: Tensor, silent: Tensor) -> Tensor:
         """The least-squares height (C,) of spikes of x (n, C) at theta. A channel that never fired
         here gets that of `silent`, or it would never learn one."""
-        count = self._count(x, theta)
+        count = _count(x, theta, self.levels, False).abs()
         height = (x.abs() * count).sum(0) / count.square().sum(0).clamp_min(1.0)
         return torch.where(count.any(0), height, silent)
 
