@@ -4231,6 +4231,20 @@ class Run:
         if self.main:
             _write_atomically(self.folder / name, content)
 
+    def headline(self, command: str, found: dict[str, dict[str, float]]) -> None:
+        """Puts what the project claims, {name: {"value", "low", "high", "seeds"}}, into
+        reference/headline.json beside the runs, with hardware, `command` and commit or version."""
+        path, commit = self.folder.parent.parent / "reference" / "headline.json", ""
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                    cwd=Path(__file__).parent).stdout.strip()
+        about = {"hardware": environment()["hardware"], "command": command,
+                 "commit": commit or f"asnn_common {__version__}"}
+        known = _read_json(path) if path.is_file() else {}
+        known |= {name: {**row, **about} for name, row in found.items()}
+        if self.main:
+            _write_atomically(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+
     def metrics(self, task: Task, student: nn.Module, result: SimpleNamespace,
                 measured: dict[str, dict[str, _Evaluation]], **more: Any) -> dict[str, Any]:
         """What metrics.json holds of a training, and `more`; `measured` is by `Task.measure`."""
