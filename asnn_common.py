@@ -371,9 +371,10 @@ class SpikeEncoder(_Site):
     With `steps` = 2 s is the sum of two trains (_Site). With `rotated` x is rotated first, which
     `fold` undoes in the weights: a channel, its health, information and CKA are then those of a
     mixture of up to 128 channels of the model. `blend`, 1 but for training that sets it, is the
-    share of the code in what is passed on; the rest is x.
+    share of the code in what is passed on; the rest is x. `fast` is set by training on a CPU, for
+    fp32: what takes x - centre and scale to amplitude * scale * s in one pass, unseen by hooks.
     """
-    blend = 1.0
+    blend, fast = 1.0, None
 
     def __init__(self, width: int, kind: str = "ternary", estimator: str = "clipped",
                  steps: int = 1, rotated: bool = False):
@@ -423,8 +424,12 @@ class SpikeEncoder(_Site):
         """x (B, T, C) as its code reads it."""
         if self.kind == "dense":
             return self.spikes(x)
-        spikes, scale = self.encode(x)
-        coded = self.centre.to(x.dtype) + (self.amplitude * scale).to(x.dtype) * spikes
+        if self.fast is not None and self.training and x.dtype == torch.float32:
+            deviation = (_rotate(x) if self.rotated else x) - self.centre
+            coded = self.centre + self.fast(deviation, deviation.abs().mean(-1, keepdim=True))
+        else:
+            spikes, scale = self.encode(x)
+            coded = self.centre.to(x.dtype) + (self.amplitude * scale).to(x.dtype) * spikes
         coded = _rotate(coded) if self.rotated else coded
         if self.training and self.blend < 1:
             coded = x + self.blend * (coded - x)
@@ -1466,23 +1471,37 @@ def _ternary_targets(hidden: Tensor, width: int) -> Tensor:
 class _SpikeWatch(contextlib.ExitStack):
     """Spikes and firing rates (C,) of each site in the last forward pass in training mode: counted
     rates, with the gradient of a soft threshold of width theta / 4. The hooks stay until `close`,
-    since checkpointing computes blocks again in the backward pass and must meet them there."""
+    since checkpointing computes blocks again in the backward pass and must meet them there. With
+    `encode`, see _encode_fast, encoders that it can stand for go through it, spikes unseen."""
 
-    def __init__(self, student: nn.Module):
+    def __init__(self, student: nn.Module, encode: Callable | None = None):
         super().__init__()
         self.rates, self.spikes = {}, {}
-        self.enter_context(spike_hooks(student, lambda n, spikes: self.spikes.update({n: spikes})))
         for name, train in _trains(student).items():
             self.enter_context(train.register_forward_hook(functools.partial(self._rate, name)))
+        for name, site in spike_modules(student).items() if encode else ():
+            if isinstance(site, SpikeEncoder) and (site.kind, site.spikes.estimator) == (
+                    "ternary", "clipped"):
+                site.fast = functools.partial(self._encode, encode, name, site)
+                self.callback(delattr, site, "fast")
 
-    def _rate(self, name: str, module: _SpikeTrain, args: tuple, _output: Tensor) -> None:
+    def _rate(self, name: str, module: _SpikeTrain, args: tuple, spikes: Tensor) -> None:
         if not module.training or module.kind == "dense":
             return
         x, theta = args
         x = x.float() if module.kind == "binary" else x.float().abs()
         soft = torch.sigmoid((x / theta.clamp_min(1e-6) - 1) / 0.25).flatten(0, -2).mean(0)
-        fired = (self.spikes[name].detach() != 0).float().flatten(0, -2).mean(0)
-        self.rates[name] = fired + soft - soft.detach()
+        fired = (spikes.detach() != 0).float().flatten(0, -2).mean(0)
+        self.spikes[name], self.rates[name] = spikes, fired + soft - soft.detach()
+
+    def _encode(self, encode: Callable, name: str, site: SpikeEncoder, x: Tensor,
+                scale: Tensor) -> Tensor:
+        heights = [site.alpha, site.amplitude]
+        if site.second is not None:
+            heights += site.residual_alpha, site.residual_height
+        coded, rates = encode(x, scale, *heights)
+        self.rates.update(zip((name, f"{name}.2"), rates))
+        return coded
 
     def penalty(self) -> Tensor:
         """Squared distance from RATE_BAND, of each channel's rate and of a site's mean, averaged
@@ -1509,7 +1528,8 @@ class Distiller(nn.Module):
     _keys_to_ignore_on_save = ["student.lm_head.weight"]  # `Trainer` looks here
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, recipe: Recipe,
-                 teacher_device: torch.device | None = None, twin: nn.Module | None = None):
+                 teacher_device: torch.device | None = None, twin: nn.Module | None = None,
+                 encode: Callable | None = None):
         super().__init__()
         self.student, self.recipe, self._teacher_device = student, recipe, teacher_device
         self._encoders = [m for m in student.modules() if isinstance(m, SpikeEncoder)]
@@ -1531,8 +1551,9 @@ class Distiller(nn.Module):
         _require(_head_is_all(teacher), "teacher", teacher.config.model_type, "a model whose logits"
                  " are its head's weight times the last hidden state, as GPT-2, Llama or Qwen 3")
         self._head = teacher.eval().requires_grad_(False).get_output_embeddings().weight.detach()
-        if recipe.spike_kind != "dense" and (recipe.rate_weight or recipe.spike_align_weight):
-            self._watch = self._undo.enter_context(_SpikeWatch(student))
+        if recipe.spike_kind != "dense" and (
+                recipe.rate_weight or recipe.spike_align_weight or self._encoders and encode):
+            self._watch = self._undo.enter_context(_SpikeWatch(student, encode))
         ours, theirs = len(_blocks(student)), teacher.config.num_hidden_layers
         if recipe.align_steps or recipe.spike_align_weight:
             self._ends = _span_ends(ours, theirs)
@@ -2901,6 +2922,282 @@ def _pocl_order(seed: int, difficulty: np.ndarray, positions: int) -> np.ndarray
 # ==================================================================================================
 # 9  Training
 # ==================================================================================================
+# Two things are worth C++ on a CPU. Training: an encoder, forward and backward, in one pass each
+# over memory, an eighth of the time of some forty. Decoding (section 10): a product of weights and
+# spikes that reads only the weights of channels that fired. X inputs, `out` outputs, n tokens.
+# Weights are kept as rows (X, out), one for each input channel; in int8 a row is `out` bytes, then
+# its scale and offset in fp32. The library's embedding_bag takes 2 to 4 times as long as the
+# memory needs for them; this adds four rows at once, and asks ahead for the next.
+KERNEL = r"""
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+constexpr int64_t AHEAD = 16;  // events between asking for a row and adding it
+struct Event { int32_t channel; float value; };
+template <typename T>  // sum (out) += value * row of the channel, of all events, four at once
+static void add_rows(const T* rows, int64_t stride, int64_t out, const Event* events, int64_t count,
+                     float* __restrict sum) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  float offset = 0, f[4], pair[2];
+  const T *row[4], *next[4];
+  for (int64_t e = 0; e < count; e += 4) {
+    for (int r = 0; r < 4; ++r) {
+      row[r] = rows + events[e + r].channel * stride, f[r] = events[e + r].value;
+      next[r] = rows + events[e + r + AHEAD].channel * stride;
+      if (sizeof(T) == 1) {
+        std::memcpy(pair, row[r] + out, sizeof pair);
+        offset += f[r] * pair[1], f[r] *= pair[0];
+      }
+    }
+    for (int64_t j = 0; j < out; j += LINE) {
+      for (int r = 0; r < 4; ++r) __builtin_prefetch(next[r] + j);
+      for (int64_t c = j; c < std::min(j + LINE, out); ++c)
+        sum[c] += f[0] * row[0][c] + f[1] * row[1][c] + f[2] * row[2][c] + f[3] * row[3][c];
+    }
+  }
+  for (int64_t j = 0; j < out && sizeof(T) == 1; ++j) sum[j] += offset;
+}
+static at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& spikes) {
+  const bool packed = rows.scalar_type() == at::kByte;
+  const int64_t n = spikes.size(0), X = spikes.size(1), stride = rows.size(1);
+  TORCH_CHECK(rows.size(0) == X && stride >= 8 * packed && rows.is_contiguous() &&
+              spikes.is_contiguous(), "gather_rows takes contiguous rows (X, out), spikes (n, X)");
+  // The channels of a single token are shared by the threads, several tokens are dealt out to them.
+  const int64_t out = stride - 8 * packed, parts = n == 1 ? at::get_num_threads() : 1;
+  at::Tensor result = at::empty({n, out}, spikes.options());
+  const float* fired = spikes.const_data_ptr<float>();
+  float* sum = result.data_ptr<float>();
+  std::vector<float> others((parts - 1) * out);
+  std::fill_n(sum, n * out, 0.0f);
+  auto run = [&](const auto* data) {
+    at::parallel_for(0, n * parts, 1, [&](int64_t first, int64_t last) {
+      std::vector<Event> events(X + AHEAD + 4);
+      for (int64_t p = first; p < last; ++p) {
+        const int64_t t = p / parts, part = p % parts;
+        int64_t count = 0;
+        for (int64_t i = X * part / parts; i < X * (part + 1) / parts; ++i) {
+          events[count] = {static_cast<int32_t>(i), fired[t * X + i]};
+          count += fired[t * X + i] != 0;  // no branch: half of them are zero, at random
+        }
+        const int32_t again = count ? events[count - 1].channel : 0;  // fills up the last four
+        std::fill_n(&events[count], AHEAD + 4, Event{again, 0.0f});
+        add_rows(data, stride, out, events.data(), count,
+                 part ? &others[(part - 1) * out] : sum + t * out);
+      }
+    });
+  };
+  packed ? run(rows.const_data_ptr<uint8_t>()) : run(rows.const_data_ptr<float>());
+  for (size_t j = 0; j < others.size(); ++j) sum[j % out] += others[j];
+  return result;
+}
+// Training: an encoder of one or two trains, forward and backward in one pass each over x (n, C);
+// `heights` (4, C) holds alpha, amplitude and the second train's two. See SpikeEncoder.
+static inline float decay_exp(float x) {  // exp(-x), x >= 0; the loop below becomes vectors
+  const float t = std::min(x * 1.44269504f, 126.0f), whole = std::floor(t), f = t - whole;
+  const float p = 1 + f * (-0.693147181f + f * (0.240226507f + f * (-0.0555041087f +
+      f * (0.00961812911f + f * (-0.00133335581f + f * (0.000154035304f - f * 0.0000152527338f))))));
+  return p * std::bit_cast<float>((127 - static_cast<int32_t>(whole)) << 23);
+}
+static inline float fire(float x, float theta) {
+  return static_cast<float>(x > theta) - static_cast<float>(x < -theta);
+}
+// Adds to dx and dtheta what `up`, the gradient of the spikes, and `rate`, that of the soft rate,
+// send through one train: sigmoid windows of width theta / 2 and of theta / 4.
+static inline void surrogate(float x, float theta, float up, float rate, float& dx, float& dtheta) {
+  const float inverse = theta > 1e-12f ? 1 / theta : 0, u = std::abs(x) * inverse;
+  const float sign = static_cast<float>(x > 0) - static_cast<float>(x < 0);
+  const float e = decay_exp(2 * u), a = 7.3890561f * e, b = 0.135335283f * e, c = a * a;
+  const float near = a / ((1 + a) * (1 + a)), far = b / ((1 + b) * (1 + b));
+  const float soft = 4 * rate * c / ((1 + c) * (1 + c));
+  dx = inverse * (2 * up * (near + far) + sign * soft);
+  dtheta = inverse * (2 * up * sign * (far - near) - u * soft);
+}
+template <bool two>
+static void encode_rows(const float* x, const float* scale, const float* heights, int64_t C,
+                        int64_t first, int64_t last, float* out, float* __restrict fired) {
+  const float *alpha = heights, *amplitude = alpha + C, *alpha2 = amplitude + C;
+  const float* ratio = alpha2 + C;
+  for (int64_t t = first; t < last; ++t) {
+    const float s = scale[t], *row = x + t * C;
+    float* to = out + t * C;
+    for (int64_t c = 0; c < C; ++c) {
+      const float theta = alpha[c] * s, h = amplitude[c] * s, one = fire(row[c], theta);
+      float code = one;
+      fired[c] += one != 0;
+      if (two) {
+        const float again = fire(row[c] - h * one, alpha2[c] * theta);
+        code += ratio[c] * again;
+        fired[C + c] += again != 0;
+      }
+      to[c] = h * code;
+    }
+  }
+}
+template <bool two>
+static void encode_rows_backward(const float* x, const float* scale, const float* heights,
+                                 const float* grad, const float* rate, int64_t C, int64_t first,
+                                 int64_t last, float* dx, float* dscale, float* __restrict sums) {
+  const float *alpha = heights, *amplitude = alpha + C, *alpha2 = amplitude + C;
+  const float* ratio = alpha2 + C;
+  for (int64_t t = first; t < last; ++t) {
+    const float s = scale[t], *row = x + t * C, *g = grad + t * C;
+    float *to = dx + t * C, total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t c = 0; c < C; ++c) {
+      const float theta = alpha[c] * s, h = amplitude[c] * s, one = fire(row[c], theta);
+      float code = one, up = g[c] * h, dh = 0, rest_dx = 0, dtheta, first_dx;
+      if (two) {
+        const float rest = row[c] - h * one, theta2 = alpha2[c] * theta;
+        const float again = fire(rest, theta2);
+        float dtheta2;
+        surrogate(rest, theta2, g[c] * h * ratio[c], rate[C + c], rest_dx, dtheta2);
+        code += ratio[c] * again;
+        dh -= rest_dx * one, up -= rest_dx * h;
+        sums[2 * C + c] += dtheta2 * theta;
+        sums[3 * C + c] += g[c] * h * again;
+      }
+      surrogate(row[c], theta, up, rate[c], first_dx, dtheta);
+      dh += g[c] * code;
+      to[c] = first_dx + rest_dx;
+      sums[c] += dtheta * s;
+      sums[C + c] += dh * s;
+      total += dh * amplitude[c];
+    }
+    dscale[t] = total;
+  }
+}
+static std::tuple<at::Tensor, at::Tensor> encode(const at::Tensor& x, const at::Tensor& scale,
+                                                 const at::Tensor& heights) {
+  const int64_t C = x.size(-1), n = x.numel() / C, parts = at::get_num_threads();
+  at::Tensor out = at::empty_like(x), fired = at::zeros({parts, 2, C}, x.options());
+  auto run = heights.size(0) == 4 ? encode_rows<true> : encode_rows<false>;
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p)
+      run(x.const_data_ptr<float>(), scale.const_data_ptr<float>(), heights.const_data_ptr<float>(),
+          C, n * p / parts, n * (p + 1) / parts, out.data_ptr<float>(),
+          fired.data_ptr<float>() + 2 * C * p);
+  });
+  return {out, fired.sum(0).div_(n)};
+}
+static std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_backward(
+    const at::Tensor& x, const at::Tensor& scale, const at::Tensor& heights, const at::Tensor& grad,
+    const at::Tensor& rate) {
+  const int64_t C = x.size(-1), n = x.numel() / C, parts = at::get_num_threads();
+  at::Tensor dx = at::empty_like(x), dscale = at::empty_like(scale);
+  at::Tensor sums = at::zeros({parts, 4, C}, x.options());
+  auto run = heights.size(0) == 4 ? encode_rows_backward<true> : encode_rows_backward<false>;
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p)
+      run(x.const_data_ptr<float>(), scale.const_data_ptr<float>(), heights.const_data_ptr<float>(),
+          grad.const_data_ptr<float>(), rate.const_data_ptr<float>(), C, n * p / parts,
+          n * (p + 1) / parts, dx.data_ptr<float>(), dscale.data_ptr<float>(),
+          sums.data_ptr<float>() + 4 * C * p);
+  });
+  return {dx, dscale, sums.sum(0)};
+}
+TORCH_LIBRARY_FRAGMENT(asnn_goose, m) {
+  m.def("gather_rows(Tensor rows, Tensor x) -> Tensor");
+  m.def("encode(Tensor x, Tensor scale, Tensor heights) -> (Tensor, Tensor)");
+  m.def("encode_backward(Tensor x, Tensor scale, Tensor heights, Tensor grad, Tensor rate) -> "
+        "(Tensor, Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(asnn_goose, CPU, m) {
+  m.impl("gather_rows", &gather_rows);
+  m.impl("encode", &encode);
+  m.impl("encode_backward", &encode_backward);
+}
+"""
+_KERNEL: dict[str, str] = {}  # what `_load_kernel` found; torch.compile sees through no lru_cache
+
+
+def _embedding_bag(weights: Tensor, spikes: Tensor) -> Tensor:
+    """The gathers without a kernel: rows (X, out), also packed ones, spikes (n, X) -> (n, out)."""
+    token, index = spikes.nonzero().unbind(1)  # (events,)
+    offsets = torch.searchsorted(token, torch.arange(len(spikes), device=token.device))
+    if weights.dtype == torch.uint8:
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            weights, index, offsets, False, 0, False, spikes[token, index].float())
+    value = spikes[token, index].to(weights.dtype)
+    return F.embedding_bag(index, weights, offsets, mode="sum", per_sample_weights=value)
+
+
+def _build_kernel(folder: Path) -> Path:
+    """One call of the compiler. The library is named by the hash of its content and moved into
+    place when it is whole, because another process may build it too."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise OSError(f"the compiler {compiler} was not found")
+    folder.mkdir(parents=True, exist_ok=True)
+    print("building the C++ kernel, once on this machine, about 20 s", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=folder) as here:
+        source, built, root = Path(here, "goose.cpp"), Path(here, "goose.so"), torch.__path__[0]
+        source.write_text(KERNEL, encoding="utf-8")
+        done = subprocess.run(
+            [compiler, "-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno",
+             "-fopenmp", "-std=c++20", "-shared", "-fPIC",
+             f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include", str(source),
+             "-o", str(built), f"-L{root}/lib", "-ltorch_cpu", "-lc10"],
+            capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise OSError(f"{compiler} failed, {re.search('.*error.*|$', done.stderr)[0].strip()}")
+        return built.replace(folder / f"{_content_hash(built.read_bytes())}.so")
+
+
+def _load_kernel() -> str:
+    """Makes torch.ops.asnn_goose.gather_rows: KERNEL, from the cache if it is there, or, where the
+    returned sentence says why not, `_embedding_bag`. ASNN_KERNEL=0 asks for the latter."""
+    if "problem" in _KERNEL:
+        return _KERNEL["problem"]
+    problem, name = "", "asnn_goose::gather_rows"
+    try:
+        if os.environ.get("ASNN_KERNEL") == "0":
+            raise OSError("ASNN_KERNEL=0 switches it off")
+        cpu = (_cpu_facts().get(key, "") for key in ("model name", "flags", "Features"))
+        key = _content_hash(KERNEL, torch.__version__, platform.machine(), *cpu)
+        folder = _cache_folder() / "kernels" / key
+        # A library that is not whole would end the process that loads it.
+        whole = [f for f in folder.glob("*.so") if _content_hash(f.read_bytes()) == f.stem]
+        if not hasattr(torch.ops.asnn_goose, "gather_rows"):  # else this file was loaded twice
+            torch.ops.load_library(str(whole[0] if whole else _build_kernel(folder)))
+    except Exception as error:  # no compiler, a full disk: all of them only cost speed
+        problem = f"there is no C++ kernel: {_first_line(error)}"
+        torch.library.define(name, "(Tensor rows, Tensor x) -> Tensor")
+        torch.library.impl(name, "CPU", _embedding_bag)
+    torch.library.register_fake(name, lambda rows, x: x.new_empty(
+        x.shape[0], rows.shape[1] - 8 * (rows.dtype == torch.uint8)))
+    return _KERNEL.setdefault("problem", problem)
+
+
+class _EncodeFunction(torch.autograd.Function):
+    """SpikeEncoder's arithmetic and both surrogates in one pass each way, by the kernel."""
+
+    @staticmethod
+    def forward(ctx, x, scale, *heights):
+        signed = torch.stack(heights)  # (2 or 4, C); thresholds are reflected at zero
+        rows = torch.where(torch.arange(len(heights))[:, None] % 2 == 0, signed.abs(), signed)
+        ctx.save_for_backward(x, scale, rows, signed)
+        return torch.ops.asnn_goose.encode(x, scale, rows)
+
+    @staticmethod
+    def backward(ctx, grad, rate):
+        x, scale, rows, signed = ctx.saved_tensors
+        rate = (rate / (x.numel() // x.shape[-1])).contiguous()
+        dx, dscale, sums = torch.ops.asnn_goose.encode_backward(
+            x, scale, rows, grad.contiguous(), rate)
+        sums = sums[:len(rows)] * torch.where(rows == signed, 1.0, signed.sign())
+        return dx, dscale, *sums
+
+
+def _encode_fast(x: Tensor, scale: Tensor, *heights: Tensor) -> tuple[Tensor, Tensor]:
+    """amplitude * scale * s of a SpikeEncoder (ternary, clipped, fp32, on a CPU) and the rates
+    (2, C) of its trains as _SpikeWatch counts them, 0 for one that is not there: x (B, T, C) less
+    its centre, scale (B, T, 1), `heights` alpha, amplitude, residual_alpha, residual_height, the
+    last two only where there is a second train. The reference is SpikeEncoder.encode."""
+    return _EncodeFunction.apply(x.contiguous(), scale, *heights)
+
+
 
 
 @torch.no_grad()
@@ -3511,8 +3808,10 @@ def distil(task: Task, recipe: Recipe | None = None, folder: Path | None = None,
     student = task.build_student() if student is None else student
     two = device.type == "cuda" and torch.cuda.device_count() > 1 and (
         int(os.environ.get("WORLD_SIZE", 1)) == 1)
+    # A run of a few steps would be over before a kernel is built.
+    fast = device.type == "cpu" and recipe.distill_steps >= 50 and not _load_kernel()
     objective = Distiller(student, task.teacher, recipe, torch.device("cuda:1") if two else None,
-                          twin)
+                          twin, _encode_fast if fast else None)
 
     def evaluate_now() -> dict[str, Any]:
         measured = evaluate(student, task.tokens["validation"], recipe.seq_len,
@@ -3530,135 +3829,6 @@ def distil(task: Task, recipe: Recipe | None = None, folder: Path | None = None,
 # ==================================================================================================
 # 10  Sparse decoding
 # ==================================================================================================
-# A product of weights and spikes reads only the weights of channels that fired. X inputs, `out`
-# outputs, n tokens. Weights are kept as rows (X, out), one for each input channel; in int8 a row is
-# `out` bytes, then its scale and offset in fp32. The library's embedding_bag takes 2 to 4 times
-# as long as the memory needs for them; this adds four rows at once, and asks ahead for the next.
-KERNEL = r"""
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-constexpr int64_t AHEAD = 16;  // events between asking for a row and adding it
-struct Event { int32_t channel; float value; };
-template <typename T>  // sum (out) += value * row of the channel, of all events, four at once
-static void add_rows(const T* rows, int64_t stride, int64_t out, const Event* events, int64_t count,
-                     float* __restrict sum) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  float offset = 0, f[4], pair[2];
-  const T *row[4], *next[4];
-  for (int64_t e = 0; e < count; e += 4) {
-    for (int r = 0; r < 4; ++r) {
-      row[r] = rows + events[e + r].channel * stride, f[r] = events[e + r].value;
-      next[r] = rows + events[e + r + AHEAD].channel * stride;
-      if (sizeof(T) == 1) {
-        std::memcpy(pair, row[r] + out, sizeof pair);
-        offset += f[r] * pair[1], f[r] *= pair[0];
-      }
-    }
-    for (int64_t j = 0; j < out; j += LINE) {
-      for (int r = 0; r < 4; ++r) __builtin_prefetch(next[r] + j);
-      for (int64_t c = j; c < std::min(j + LINE, out); ++c)
-        sum[c] += f[0] * row[0][c] + f[1] * row[1][c] + f[2] * row[2][c] + f[3] * row[3][c];
-    }
-  }
-  for (int64_t j = 0; j < out && sizeof(T) == 1; ++j) sum[j] += offset;
-}
-static at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& spikes) {
-  const bool packed = rows.scalar_type() == at::kByte;
-  const int64_t n = spikes.size(0), X = spikes.size(1), stride = rows.size(1);
-  TORCH_CHECK(rows.size(0) == X && stride >= 8 * packed && rows.is_contiguous() &&
-              spikes.is_contiguous(), "gather_rows takes contiguous rows (X, out), spikes (n, X)");
-  // The channels of a single token are shared by the threads, several tokens are dealt out to them.
-  const int64_t out = stride - 8 * packed, parts = n == 1 ? at::get_num_threads() : 1;
-  at::Tensor result = at::empty({n, out}, spikes.options());
-  const float* fired = spikes.const_data_ptr<float>();
-  float* sum = result.data_ptr<float>();
-  std::vector<float> others((parts - 1) * out);
-  std::fill_n(sum, n * out, 0.0f);
-  auto run = [&](const auto* data) {
-    at::parallel_for(0, n * parts, 1, [&](int64_t first, int64_t last) {
-      std::vector<Event> events(X + AHEAD + 4);
-      for (int64_t p = first; p < last; ++p) {
-        const int64_t t = p / parts, part = p % parts;
-        int64_t count = 0;
-        for (int64_t i = X * part / parts; i < X * (part + 1) / parts; ++i) {
-          events[count] = {static_cast<int32_t>(i), fired[t * X + i]};
-          count += fired[t * X + i] != 0;  // no branch: half of them are zero, at random
-        }
-        const int32_t again = count ? events[count - 1].channel : 0;  // fills up the last four
-        std::fill_n(&events[count], AHEAD + 4, Event{again, 0.0f});
-        add_rows(data, stride, out, events.data(), count,
-                 part ? &others[(part - 1) * out] : sum + t * out);
-      }
-    });
-  };
-  packed ? run(rows.const_data_ptr<uint8_t>()) : run(rows.const_data_ptr<float>());
-  for (size_t j = 0; j < others.size(); ++j) sum[j % out] += others[j];
-  return result;
-}
-TORCH_LIBRARY_FRAGMENT(asnn_goose, m) { m.def("gather_rows(Tensor rows, Tensor x) -> Tensor"); }
-TORCH_LIBRARY_IMPL(asnn_goose, CPU, m) { m.impl("gather_rows", &gather_rows); }
-"""
-_KERNEL: dict[str, str] = {}  # what `_load_kernel` found; torch.compile sees through no lru_cache
-
-
-def _embedding_bag(weights: Tensor, spikes: Tensor) -> Tensor:
-    """The gathers without a kernel: rows (X, out), also packed ones, spikes (n, X) -> (n, out)."""
-    token, index = spikes.nonzero().unbind(1)  # (events,)
-    offsets = torch.searchsorted(token, torch.arange(len(spikes), device=token.device))
-    if weights.dtype == torch.uint8:
-        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            weights, index, offsets, False, 0, False, spikes[token, index].float())
-    value = spikes[token, index].to(weights.dtype)
-    return F.embedding_bag(index, weights, offsets, mode="sum", per_sample_weights=value)
-
-
-def _build_kernel(folder: Path) -> Path:
-    """One call of the compiler. The library is named by the hash of its content and moved into
-    place when it is whole, because another process may build it too."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise OSError(f"the compiler {compiler} was not found")
-    folder.mkdir(parents=True, exist_ok=True)
-    print("building the C++ kernel, once on this machine, about 15 s", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as here:
-        source, built, root = Path(here, "gather.cpp"), Path(here, "gather.so"), torch.__path__[0]
-        source.write_text(KERNEL, encoding="utf-8")
-        done = subprocess.run(
-            [compiler, "-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC",
-             f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include", str(source),
-             "-o", str(built), f"-L{root}/lib", "-ltorch_cpu", "-lc10"],
-            capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise OSError(f"{compiler} failed, {re.search('.*error.*|$', done.stderr)[0].strip()}")
-        return built.replace(folder / f"{_content_hash(built.read_bytes())}.so")
-
-
-def _load_kernel() -> str:
-    """Makes torch.ops.asnn_goose.gather_rows: KERNEL, from the cache if it is there, or, where the
-    returned sentence says why not, `_embedding_bag`. ASNN_KERNEL=0 asks for the latter."""
-    if "problem" in _KERNEL:
-        return _KERNEL["problem"]
-    problem, name = "", "asnn_goose::gather_rows"
-    try:
-        if os.environ.get("ASNN_KERNEL") == "0":
-            raise OSError("ASNN_KERNEL=0 switches it off")
-        cpu = (_cpu_facts().get(key, "") for key in ("model name", "flags", "Features"))
-        key = _content_hash(KERNEL, torch.__version__, platform.machine(), *cpu)
-        folder = _cache_folder() / "kernels" / key
-        # A library that is not whole would end the process that loads it.
-        whole = [f for f in folder.glob("*.so") if _content_hash(f.read_bytes()) == f.stem]
-        if not hasattr(torch.ops.asnn_goose, "gather_rows"):  # else this file was loaded twice
-            torch.ops.load_library(str(whole[0] if whole else _build_kernel(folder)))
-    except Exception as error:  # no compiler, a full disk: all of them only cost speed
-        problem = f"there is no C++ kernel: {_first_line(error)}"
-        torch.library.define(name, "(Tensor rows, Tensor x) -> Tensor")
-        torch.library.impl(name, "CPU", _embedding_bag)
-    torch.library.register_fake(name, lambda rows, x: x.new_empty(
-        x.shape[0], rows.shape[1] - 8 * (rows.dtype == torch.uint8)))
-    return _KERNEL.setdefault("problem", problem)
-
-
 def _gather(weights: Tensor, spikes: Tensor) -> Tensor:
     """Adds and subtracts the rows of channels that fired, by the kernel where it can."""
     if weights.device.type != "cpu" or weights.dtype not in (torch.float32, torch.uint8):

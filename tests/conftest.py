@@ -210,7 +210,8 @@ def student(task):
 @pytest.fixture
 def distiller(small_task):
     """distiller(name, **overrides): the loss of a new run, with its student and teacher."""
-    def make(name="v14.3", twin=None, **overrides):
+    def make(name="v14.3", twin=None, encode=None, **overrides):
         task = small_task(name, **overrides)
-        return asnn.Distiller(task.build_student(), task.teacher, task.recipe, twin=twin)
+        return asnn.Distiller(task.build_student(), task.teacher, task.recipe, twin=twin,
+                              encode=encode)
     return make

@@ -396,6 +396,74 @@ def test_firing_rates_outside_their_band_are_part_of_the_loss(distiller, batch, 
     assert len(learning) == 2 * 9 * trains and all(p.grad.abs().max() > 0 for p in learning)
 
 
+@pytest.fixture
+def encode(cache, monkeypatch):
+    """SpikeEncoder's arithmetic by the C++ kernel; a machine without a compiler has none."""
+    monkeypatch.setenv("ASNN_CACHE", str(cache))
+    problem = asnn._load_kernel()
+    if problem:
+        pytest.skip(problem)
+    return asnn._encode_fast
+
+
+@pytest.mark.parametrize("rotated", [(), ("mix_out", "ffn_in")])
+@pytest.mark.parametrize("trains", [1, 2])
+def test_the_kernel_of_encoders_changes_no_loss_rate_or_gradient(distiller, batch, monkeypatch,
+                                                                encode, trains, rotated):
+    """With a reflected threshold; in the alignment and after it; gone when the watch is closed."""
+    monkeypatch.setattr(asnn, "RATE_BAND", (0.3, 0.5))
+    more = {"spike_steps": trains, "rotated_sites": rotated, "align_steps": 3}
+    plain = distiller("v14.4-rates", **more)
+    fast = distiller("v14.4-rates", encode=encode, **more)
+    fast.load_state_dict(plain.state_dict())
+    for objective in (plain, fast):
+        objective.student.goose.blocks[0].ffn.ffn_hidden.alpha.data[3] *= -1
+    for step in (0, 5):
+        (loss, terms), (again, others) = (loss_of(o, batch, step) for o in (plain, fast))
+        assert again == pytest.approx(loss, rel=1e-6)
+        assert others == pytest.approx(terms, rel=1e-5)
+        for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=name)
+    encoder = fast.student.goose.blocks[0].ffn.ffn_hidden
+    assert encoder.fast is not None and encoder.eval().fast is not None
+    fast.close()
+    assert encoder.fast is None
+
+
+@pytest.mark.parametrize("fields", [{"estimator": "trust"}, {"encoder_kind": "integer:3"}])
+def test_what_the_kernel_cannot_do_is_left_to_the_reference(distiller, encode, fields):
+    objective = distiller("v14.4-rates", encode=encode, **fields)
+    assert all(m.fast is None for m in objective.student.modules()
+               if isinstance(m, asnn.SpikeEncoder))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_kernel_of_encoders_against_the_reference(encode, threads):
+    """Any number of tokens and channels, threads, a token without input, one that is not finite."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for n, C in ((1, 1), (2, 5), (7, 33)):
+            site = asnn.SpikeEncoder(C, steps=2).train()
+            x = torch.randn(n, 1, C)
+            site.calibrate(x)
+            x[0] = 0
+            heights = (site.alpha, site.amplitude, site.residual_alpha, site.residual_height)
+            found = []
+            for fast in (None, lambda *given: encode(*given, *heights)[0]):
+                site.fast, y = fast, x.clone().requires_grad_()
+                out = site(y)
+                found.append([out, *torch.autograd.grad(
+                    (out * torch.linspace(-1, 1, C)).sum(), (y, site.centre, *heights))])
+            assert torch.equal(found[0][0], found[1][0])
+            torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-4, atol=1e-6)
+        assert not site(torch.full((1, 1, C), torch.nan)).isfinite().any()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_dense_twin_teaches_the_outputs_of_its_layers(distiller, batch, student):
     """After the alignment, as errors over variances; without a twin the weight is refused."""
     plain = loss_of(distiller("v14.4-rates", align_steps=3), batch, 5)[0]
