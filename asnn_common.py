@@ -3344,7 +3344,8 @@ static void add_rows(const T* rows, int64_t stride, int64_t out, const Event* ev
     }
     for (int64_t j = 0; j < out; j += LINE) {
       for (int r = 0; r < 4; ++r) __builtin_prefetch(next[r] + j);
-      for (int64_t c = j + LINE > out ? j : add_line(row, f, j, sum); c < std::min(j + LINE, out); ++c)
+      const int64_t end = std::min(j + LINE, out);
+      for (int64_t c = j + LINE > out ? j : add_line(row, f, j, sum); c < end; ++c)
         sum[c] += f[0] * row[0][c] + f[1] * row[1][c] + f[2] * row[2][c] + f[3] * row[3][c];
     }
   }
@@ -3384,9 +3385,9 @@ static at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& spikes) 
 }
 
 // ---- the head: rows of 8 bits with a scale each, or of 4 bits, 8 rows beside each other: for each
-// 32 channels 128 bytes, (channels 0-3 of 8 rows, 4-7 in the high halves), ..., then 8 scales (fp16)
+// 32 channels 128 bytes (channels 0-3 of 8 rows, 4-7 in the high halves, ...), then 8 fp16 scales
 constexpr int64_t GROUP = 32, BLOCK = 8 * GROUP / 2 + 16;
-struct Input {  // tokens as integers: in 15 bits for 8-bit rows, in 8 bits with a scale a group for 4
+struct Input {  // tokens as integers of 15 bits for 8-bit rows, of 8 bits in groups for 4-bit rows
   std::vector<int16_t> wide; std::vector<int8_t> narrow; std::vector<int32_t> sum;
   std::vector<float> scale;
   Input(const float* x, int64_t n, int64_t D, bool eight) : wide(n * D * eight),
@@ -3404,7 +3405,8 @@ struct Input {  // tokens as integers: in 15 bits for 8-bit rows, in 8 bits with
     }
   }
 };
-static void eight_rows(const uint8_t* w, const Input& in, int64_t first, int64_t groups, float* to) {
+static void eight_rows(const uint8_t* w, const Input& in, int64_t first, int64_t groups,
+                       float* to) {
   const int8_t* x = in.narrow.data() + first * GROUP;
 #if defined(__AVX2__) && defined(__F16C__)
   const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
@@ -3443,8 +3445,8 @@ static void eight_rows(const uint8_t* w, const Input& in, int64_t first, int64_t
 #endif
 }
 // Logits (n, V) of eight rows from v on. A row is read once for all tokens.
-static void head_rows(const uint8_t* rows, const float* scale, const Input& in, int64_t n, int64_t D,
-                      int64_t V, int64_t v, float* logits) {
+static void head_rows(const uint8_t* rows, const float* scale, const Input& in, int64_t n,
+                      int64_t D, int64_t V, int64_t v, float* logits) {
   float eight[8];
   for (int64_t t = 0; t < n && !scale; ++t) {
     eight_rows(rows + v / 8 * (D / GROUP) * BLOCK, in, t * D / GROUP, D / GROUP, eight);
@@ -3499,9 +3501,8 @@ static inline float sigmoid(float x) {  // by 2^n * e^r, so that the compiler ca
   x = std::min(std::max(-x, -87.0f), 87.0f);
   const float n = x * 1.44269504f + 12582912.0f - 12582912.0f;
   const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float e = 1.9875691500e-4f;
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
-    e = e * r + c;
+  float e = ((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r;
+  e = ((e + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 0.5f;
   e = (e * r * r + r + 1.0f) * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
   return 1.0f / (1.0f + e);
 }
@@ -3551,15 +3552,25 @@ static void spike(float* x, Spike s, const Model& m) {  // x becomes what its Te
     x[i] = s.amplitude[i] * std::copysign(count, x[i]);
   }
 }
+static void activate(int64_t kind, float* x, int64_t n) {
+  if (kind == 0)
+    for (int64_t i = 0; i < n; ++i) x[i] = std::max(0.0f, x[i]);
+  else if (kind == 1)
+    for (int64_t i = 0; i < n; ++i) x[i] *= sigmoid(x[i]);
+  else  // 1 + tanh(u) = 2 sigmoid(2 u)
+    for (int64_t i = 0; i < n; ++i)
+      x[i] *= sigmoid(1.5957691216f * x[i] * (1.0f + 0.044715f * x[i] * x[i]));
+}
 // Writes k, v to the state S (N, N) of one head and reads it: out (N), normed and gated.
 static void remember(const Layer& l, int64_t N, int64_t o, float eps, const float* beta, float* k,
-                     float* v, const float* r, const float* gate, const float* S, float* S_new,
+                     float* v, const float* r, float* gate, const float* S, float* S_new,
                      float* out) {
   float square = 1, write = beta ? sigmoid(*beta) : 1;
   for (int64_t n = 0; n < N; ++n) square += k[n] * k[n];
   for (int64_t n = 0; n < N; ++n) k[n] *= beta ? 1 / std::sqrt(square) : l.key_scale[o + n];
   for (int64_t n = 0; n < N && beta; ++n)
-    for (int64_t j = 0; j < N && k[n] != 0; ++j) v[j] -= k[n] * S[n * N + j];
+    if (k[n] != 0)
+      for (int64_t j = 0; j < N; ++j) v[j] -= k[n] * S[n * N + j];
   std::fill_n(out, N, 0.0f);
   for (int64_t n = 0; n < N; ++n) {
     const float w = l.decay[o + n], key = write * k[n], read = r[n];
@@ -3570,9 +3581,10 @@ static void remember(const Layer& l, int64_t N, int64_t o, float eps, const floa
   }
   const float* by[2] = {l.norm[0] + o, l.norm[1] + o};
   layer_norm(out, by, N, eps, out);
-  for (int64_t j = 0; j < N; ++j) out[j] *= gate[j] * sigmoid(gate[j]);
+  activate(1, gate, N);
+  for (int64_t j = 0; j < N; ++j) out[j] *= gate[j];
 }
-struct Shared { float *parts, *mixed, *hidden, *deviations; int64_t stride; };
+struct Shared { float *parts, *mixed, *deviations; int64_t stride; };
 // What one of T threads does for a token. Each keeps its own x, and gathers its share of channels.
 static void pass(const Model& m, int64_t token, int64_t position, const Shared& a,
                  const std::vector<const float*>& before, const std::vector<float*>& after,
@@ -3641,10 +3653,7 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
 #pragma omp barrier
     const int64_t begin = from(F, me), end = from(F, me + 1);
     collect(l.up, scale[0], 5 * D + H, begin, end, z.data());
-    for (int64_t j = begin; j < end && m.activation == 0; ++j) z[j] = std::max(0.0f, z[j]);
-    for (int64_t j = begin; j < end && m.activation == 1; ++j) z[j] *= sigmoid(z[j]);
-    for (int64_t j = begin; j < end && m.activation == 2; ++j)  // 1 + tanh(u) = 2 sigmoid(2 u)
-      z[j] *= sigmoid(1.5957691216f * (z[j] + 0.044715f * z[j] * z[j] * z[j]));
+    activate(m.activation, &z[begin], end - begin);
     a.deviations[me] = deviation(z.data(), l.ffn_hidden.centre, begin, end);
 #pragma omp barrier
     scale[0] = std::accumulate(a.deviations, a.deviations + T, 0.0f) / F;
@@ -3683,9 +3692,9 @@ static std::vector<at::Tensor> step(const at::Tensor& plan, const at::Tensor& to
     after.push_back(result[i + 1].data_ptr<float>());
   }
   const int64_t threads = at::get_num_threads(), stride = (6 * D + m.heads + m.F + 31) / 16 * 16;
-  std::vector<float> work(threads * stride + D + m.F + threads);
+  std::vector<float> work(threads * stride + D + threads);
   float* end = work.data() + threads * stride;
-  const Shared a{work.data(), end, end + D, end + D + m.F, stride};
+  const Shared a{work.data(), end, end + D, stride};
   float* first = result[0].data_ptr<float>();
 #pragma omp parallel num_threads(threads)
   pass(m, id, at, a, before, after, first);
@@ -3727,6 +3736,7 @@ def _build_kernel(folder: Path) -> Path:
         source.write_text(KERNEL, encoding="utf-8")
         done = subprocess.run(
             [compiler, "-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC",
+             "-fno-trapping-math", "-fno-math-errno",  # else a sigmoid is taken one by one
              f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include", str(source),
              "-o", str(built), f"-L{root}/lib", "-ltorch_cpu", "-lc10"],
             capture_output=True, text=True, timeout=300)
@@ -3826,6 +3836,24 @@ def _int4_rows(weight: Tensor) -> Tensor:
     return torch.cat((pairs, scales.squeeze(-1).mT.contiguous().view(torch.uint8)), -1)
 
 
+def _on_large_pages(*modules: nn.Module) -> None:
+    """Moves the 8-bit buffers of modules to pages of 2 MiB, where Linux has them: a token jumps
+    from row to row, and on small pages a fifth of its time goes into looking them up."""
+    found = [(module, name, value) for module in modules for name, value in
+             module.named_buffers(recurse=False) if value.element_size() == 1]
+    sizes = [-(-value.numel() // 64) * 64 for *_, value in found]
+    page, total = 2**21, sum(sizes)
+    room = torch.empty(total + 2 * page, dtype=torch.uint8)
+    start = -room.data_ptr() % page
+    with contextlib.suppress(AttributeError, OSError):  # no such call: then they stay small
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(room.data_ptr() + start),
+                                  ctypes.c_size_t(total), 14)  # MADV_HUGEPAGE
+    for (module, name, value), size in zip(found, sizes):
+        new = room[start:start + value.numel()].view(value.dtype).view(value.shape)
+        setattr(module, name, new.copy_(value))
+        start += size
+
+
 class _Int8Embedding(nn.Module):
     """A table in int8: ids (...) -> (..., D)."""
     def __init__(self, weight: Tensor):
@@ -3847,6 +3875,9 @@ class _Head(nn.Module):
         self.size = len(weight)
         self.register_buffer("rows", rows)
         self.register_buffer("scales", scales)
+        _on_large_pages(self)
+        if shared:
+            table.rows = self.rows
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> logits (..., V)"""
@@ -3883,12 +3914,13 @@ _FED = {"mix_in.k": ("key", "beta"), "mix_in.v": ("value",), "mix_in.r": ("recep
 
 
 class _Step:
-    """The C++ step of a sparse copy: its sizes and the addresses of its weights, in the order of the
-    structs of KERNEL. It holds what it points at, and a copy of the model does not get it."""
+    """The C++ step of a sparse copy: its sizes and the addresses of its weights, in the order of
+    the structs of KERNEL. It holds what it points at, and a copy of the model does not get it."""
     ACTIVATIONS = ("relu", "silu", "gelu_pytorch_tanh")  # in the order of KERNEL's numbers
 
     def __init__(self, model: GooseForCausalLM):
         goose, config = model.goose, model.config
+        _on_large_pages(*(m for m in goose.blocks.modules() if isinstance(m, _SpikeLinear)))
         spike, code = goose.blocks[0].time_mix.spike_k, goose.blocks[0].ffn.ffn_in.encoder
         table, self.head = goose.embeddings, isinstance(model.lm_head, _Head)
         self.head = self.head and isinstance(goose.head_in, nn.Identity)
