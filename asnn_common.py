@@ -3827,7 +3827,7 @@ def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4_rows(weight: Tensor) -> Tensor:
-    """weight (V, D) in 4 bits with a scale for 32 channels, as KERNEL says: (V / 8, D / 32, 144)."""
+    """weight (V, D) in 4 bits with a scale for 32 channels, as KERNEL says: (V/8, D/32, 144)."""
     x = F.pad(weight, (0, 0, 0, -len(weight) % 8)).unflatten(0, (-1, 8)).unflatten(2, (-1, 32))
     scales = (x.gather(-1, x.abs().argmax(-1, keepdim=True)) / -8).half()  # (V / 8, 8, D / 32, 1)
     steps = (x / scales.float()).nan_to_num(0.0).round().clamp(-8, 7).add(8).to(torch.uint8)
@@ -3869,9 +3869,10 @@ class _Head(nn.Module):
     """A head in int8 or int4, by the kernel; the rows of an int8 table are shared with it."""
     def __init__(self, weight: Tensor, kind: str, table: nn.Module):
         super().__init__()
-        shared = (table.rows, table.scales) if isinstance(table, _Int8Embedding) else None
-        rows, scales = (shared or _int8_rows(weight)) if kind == "int8" else (
-            _int4_rows(weight), weight.new_empty(0))
+        shared = kind == "int8" and isinstance(table, _Int8Embedding)
+        rows, scales = (table.rows, table.scales) if shared else _int8_rows(weight)
+        if kind == "int4":
+            rows, scales = _int4_rows(weight), weight.new_empty(0)
         self.size = len(weight)
         self.register_buffer("rows", rows)
         self.register_buffer("scales", scales)

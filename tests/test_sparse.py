@@ -457,7 +457,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("head, table, sites", [
     ("dense", "dense", asnn.SITES[:-1]), ("int8", "int8", asnn.SITES[:-1]),
-    ("int4", "dense", asnn.SITES[:-1]), ("spikes", "int8", asnn.SITES)])
+    ("int4", "int8", asnn.SITES[:-1]), ("spikes", "int8", asnn.SITES)])
 @torch.no_grad()
 def test_the_step_in_cpp_is_the_sparse_copy(gather_rows, threads, counted, kind, head, table,
                                             sites):
