@@ -3843,7 +3843,9 @@ def _on_large_pages(*modules: nn.Module) -> None:
              module.named_buffers(recurse=False) if value.element_size() == 1]
     sizes = [-(-value.numel() // 64) * 64 for *_, value in found]
     page, total = 2**21, sum(sizes)
-    room = torch.empty(total + 2 * page, dtype=torch.uint8)
+    if total < page:
+        return
+    room = torch.empty(total + page, dtype=torch.uint8)
     start = -room.data_ptr() % page
     with contextlib.suppress(AttributeError, OSError):  # no such call: then they stay small
         ctypes.CDLL(None).madvise(ctypes.c_void_p(room.data_ptr() + start),
@@ -3890,9 +3892,10 @@ class _Head(nn.Module):
 def _to_int8(model: nn.Module, linears: list[str], embeddings: list[str]) -> None:
     """Quantises these modules in place: weights in int8, activations of Linears as they come."""
     plan = {name: torch.ao.quantization.default_dynamic_qconfig for name in linears}
+    model = model.float() if linears or embeddings else model  # beside fp32
     with warnings.catch_warnings():  # a notice of deprecation at each call
         warnings.simplefilter("ignore")
-        torch.ao.quantization.quantize_dynamic(model.float() if plan else model, plan, inplace=True)
+        torch.ao.quantization.quantize_dynamic(model, plan, inplace=True)
     for name in embeddings:
         model.set_submodule(name, _Int8Embedding(model.get_submodule(name).weight.detach()))
 
@@ -3952,6 +3955,8 @@ class _Step:
             return "the step in C++ needs gather_int8 at all sites of the layers"
         if model.config.activation not in _Step.ACTIVATIONS:
             return f"the step in C++ knows the activations {', '.join(_Step.ACTIVATIONS)}"
+        if model.dtype is not torch.float32:
+            return "the step in C++ is for weights in fp32"
         return model.without_kernel
 
     @staticmethod
@@ -4068,6 +4073,7 @@ def sparsify(student: GooseForCausalLM, backend: str | dict[str, str] = "gather"
     _to_int8(copied, ["lm_head"] * (head == "int8" and not rows),
              ["goose.embeddings"] * (embeddings == "int8"))
     if rows:
+        copied.float()
         copied.lm_head = _Head(copied.lm_head.weight.detach(), head, copied.goose.embeddings)
     copied.__class__, copied.without_kernel = _SparseStudent, ""
     if set(plan.values()) - {"linear"}:

@@ -501,7 +501,6 @@ def test_what_is_no_single_token_goes_the_present_way(gather_rows, counted, ids)
     one, many, mask = ids[:1, :1], ids[:, :1], torch.tensor([[1, 1], [0, 1], [1, 1]])
     calls = [((many,), {"state": wide}), ((ids[:1, :3],), {"state": state}),
              ((many,), {"state": wide, "attention_mask": mask}), ((one,), {}),
-             ((one,), {"state": state, "attention_mask": torch.tensor([[1, 0]])}),
              ((one,), {"state": state, "labels": one}),
              ((one,), {"state": state, "output_hidden_states": True}),
              ((), {"inputs_embeds": plain.goose.embeddings(one), "state": state})]
@@ -532,6 +531,8 @@ def test_generate_gives_the_same_text_by_the_step_in_cpp(gather_rows, counted, i
     ({"state_kind": "vector"}, "gather_int8", "state_kind matrix and delta"),
     ({}, "gather", "gather_int8 at all sites"), ({"activation": "tanh"}, "gather_int8", "activa")])
 def test_where_there_is_no_step_in_cpp_a_sentence_says_why(gather_rows, options, plan, why):
+    half = asnn.sparsify(build(state_kind="delta").bfloat16(), "gather_int8", compiled=True)
+    assert "fp32" in half.without_step and half.step is None
     sparse = asnn.sparsify(build(**{"state_kind": "delta", **options}), plan, compiled=True)
     assert why in sparse.without_step and sparse.step is None
     assert sparse.goose.blocks[0].compiled
