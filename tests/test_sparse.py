@@ -466,8 +466,9 @@ def test_the_step_in_cpp_is_the_sparse_copy(gather_rows, threads, counted, kind,
     ids = torch.randint(1, V, (1, 30))  # past the 24 positions
     (expected, state), (got, after) = decode(plain, ids), decode(whole, ids)
     assert len(counted) == 29  # the first token has no state
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # a tie in the head's input
     same_states(after, state)
+    # Rounding of the head's input, to 15 bits or to 8, may fall to either side of a tie.
+    assert error(got, expected) < (0.01 if head == "int4" else 1e-4)
 
 
 @torch.no_grad()
