@@ -4194,6 +4194,9 @@ class _Step:
         if any(type(m) is nn.Linear or getattr(m, "backend", "gather_int8") != "gather_int8"
                for m in blocks):
             return "the step in C++ needs gather_int8 at all sites of the layers"
+        if model.config.decay == "token" or any(
+                getattr(m, "second", None) or getattr(m, "rotated", False) for m in blocks):
+            return "the step in C++ knows one train of spikes, no rotation and constant decays"
         if model.config.activation not in _Step.ACTIVATIONS:
             return f"the step in C++ knows the activations {', '.join(_Step.ACTIVATIONS)}"
         if model.dtype is not torch.float32:
