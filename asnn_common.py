@@ -1500,7 +1500,7 @@ class _SpikeWatch(contextlib.ExitStack):
         if site.second is not None:
             heights += site.residual_alpha, site.residual_height
         coded, rates = encode(x, scale, *heights)
-        self.rates.update(zip((name, f"{name}.2"), rates))
+        self.rates.update(zip((name, f"{name}.2")[:len(heights) // 2], rates))
         return coded
 
     def penalty(self) -> Tensor:
@@ -3019,8 +3019,10 @@ static at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& spikes) 
 // `heights` (4, C) holds alpha, amplitude and the second train's two. See SpikeEncoder.
 static inline float decay_exp(float x) {  // exp(-x), x >= 0; the loop below becomes vectors
   const float t = std::min(x * 1.44269504f, 126.0f), whole = std::floor(t), f = t - whole;
-  const float p = 1 + f * (-0.693147181f + f * (0.240226507f + f * (-0.0555041087f +
-      f * (0.00961812911f + f * (-0.00133335581f + f * (0.000154035304f - f * 0.0000152527338f))))));
+  const float factors[] = {0.000154035304f, -0.00133335581f, 0.00961812911f, -0.0555041087f,
+                           0.240226507f, -0.693147181f, 1.0f};  // of Taylor's series of 2^-f
+  float p = -0.0000152527338f;
+  for (float factor : factors) p = p * f + factor;
   return p * std::bit_cast<float>((127 - static_cast<int32_t>(whole)) << 23);
 }
 static inline float fire(float x, float theta) {
@@ -4769,6 +4771,20 @@ class Run:
             content = json.dumps(content, indent=1, sort_keys=True)
         if self.main:
             _write_atomically(self.folder / name, content)
+
+    def headline(self, command: str, found: dict[str, dict[str, float]]) -> None:
+        """Puts what the project claims, {name: {"value", "low", "high", "seeds"}}, into
+        reference/headline.json beside the runs, with hardware, `command` and commit or version."""
+        path, commit = self.folder.parent.parent / "reference" / "headline.json", ""
+        with contextlib.suppress(OSError):  # no git here
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                    cwd=Path(__file__).parent).stdout.strip()
+        about = {"hardware": environment()["hardware"], "command": command,
+                 "commit": commit or f"asnn_common {__version__}"}
+        known = _read_json(path) if path.is_file() else {}
+        known |= {name: {**row, **about} for name, row in found.items()}
+        if self.main:
+            _write_atomically(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
     def metrics(self, task: Task, student: nn.Module, result: SimpleNamespace,
                 measured: dict[str, dict[str, _Evaluation]], **more: Any) -> dict[str, Any]:

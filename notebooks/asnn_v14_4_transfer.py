@@ -84,7 +84,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, sem
+from scipy.stats import t as student_t
 
 asnn.figure_style()  # colours that people with any colour vision tell apart
 begin, env = time.perf_counter(), asnn.environment()
@@ -513,6 +514,47 @@ if taxes:
                       "standard_deviation": values.std() if len(values) > 1 else None}
     print(f"ternary tax {values.mean():.4f} ± {values.std():.4f} (standard deviation) over "
           f"{len(values)} seeds, {tax_steps} steps each, test split, measured")
+
+# %% [markdown]
+# On the frozen task (profile ref) the numbers that the project claims go to
+# `outputs/reference/headline.json`, where the README and the model card find them.
+
+# %%
+def over_seeds(values, errors):
+    """A row of headline.json: mean and 95 % interval by Student's t over seeds, or, of one seed, by
+    its standard error over windows."""
+    n, mean = len(values), float(np.mean(values))
+    spread = sem(values) if n > 1 else errors[0]
+    low, high = student_t.interval(0.95, n - 1 if n > 1 else 1e6, mean, spread)
+    return {"value": mean, "low": float(low), "high": float(high), "seeds": n}
+
+
+def headlines(recipe, metrics, steps, one):
+    """{name: row} of what this run shows: recall where it was trained for that, else the tax and,
+    of v14.5, gap and free-running gap. `one` is the student's name in the tables."""
+    if recipe.recall_share:
+        rows = {row["length"] // recipe.seq_len: row for row in metrics["recall"]
+                if row["model"] == one}
+        return {f"recall_{times}x": {"value": rows[times]["recall"], "low": rows[times]["low"],
+                                     "high": rows[times]["high"], "seeds": 1} for times in (1, 4)}
+    taxes = pd.DataFrame(metrics["tax"]["runs"])
+    name = f"tax_sites_{steps}" + "_one_step" * (recipe.spike_steps == 1)
+    found = {name if len(recipe.spike_sites) > 2 else "tax_kv": over_seeds(
+        taxes["tax"], taxes["standard_error"])}
+    if recipe.name == "v14.5":
+        gap, ppl = metrics["gap"]["test"], metrics["teacher"]["test"]["ppl"]
+        found[f"gap_{steps}"] = over_seeds(taxes["spiking"] / ppl, [gap["standard_error"]])
+        written = next(row for row in metrics["generation"] if row["model"] == one)
+        found["generation_gap"] = over_seeds([written["gap"]], [written["standard_error"]])
+    return found
+
+
+if recipe.profile == "ref" and taxes and tax_steps == recipe.distill_steps:
+    command = ("papermill notebooks/asnn_v14_4_transfer.ipynb - -p profile ref -p recipe "
+               f"{recipe.name} -p recall_share {recipe.recall_share} -p steps {tax_steps}")
+    found = headlines(recipe, metrics, tax_steps, "student")
+    run.headline(command, found)
+    asnn.show_table([{"name": name, **row} for name, row in found.items()])
 
 # %% [markdown]
 # ## The long run

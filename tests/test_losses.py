@@ -415,7 +415,7 @@ def test_the_kernel_of_encoders_changes_no_loss_rate_or_gradient(distiller, batc
     more = {"spike_steps": trains, "rotated_sites": rotated, "align_steps": 3}
     plain = distiller("v14.4-rates", **more)
     fast = distiller("v14.4-rates", encode=encode, **more)
-    fast.load_state_dict(plain.state_dict())
+    fast.student.load_state_dict(plain.student.state_dict())
     for objective in (plain, fast):
         objective.student.goose.blocks[0].ffn.ffn_hidden.alpha.data[3] *= -1
     for step in (0, 5):

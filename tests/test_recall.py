@@ -154,3 +154,44 @@ def test_repetition_is_the_share_of_ngrams_that_came_before():
     both = torch.stack((torch.zeros(103), torch.arange(103)))
     assert [PAGE.repetition(rows) for rows in (both[:1], both[1:], both)] == [0.99, 0, 0.495]
     assert PAGE.repetition(torch.arange(10).repeat(2)[None]) == 7 / 17
+
+
+# ---- headline numbers ----------------------------------------------------------------------------
+
+TAX = {"runs": [{"tax": t, "standard_error": 0.1, "spiking": 20 * t} for t in (1.1, 1.2, 1.3)]}
+
+
+@pytest.mark.parametrize("name, more, wanted", [
+    ("v14.4", {}, {"tax_kv"}), ("v14.4-rates", {}, {"tax_sites_600_one_step"}),
+    ("v14.5", {}, {"tax_sites_600", "gap_600", "generation_gap"}),
+    ("v14.5", {"recall_share": 0.5}, {"recall_1x", "recall_4x"})])
+def test_what_a_run_claims_is_named_by_its_recipe(name, more, wanted):
+    recipe = asnn.get_recipe(name, "tiny", seq_len=32, **more)
+    metrics = {"tax": TAX, "teacher": {"test": {"ppl": 10.0}},
+               "gap": {"test": {"value": 2.4, "standard_error": 0.5}}, "generation": [
+                   {"model": who, "gap": gap, "standard_error": 0.25}
+                   for who, gap in (("teacher", 1.0), ("student", 3.0))], "recall": [
+                   {"model": who, "length": n, "recall": n / 1000, "low": 0.0, "high": 1.0}
+                   for who in ("teacher", "student") for n in (32, 64, 128)]}
+    found = PAGE.headlines(recipe, metrics, 600, "student")
+    assert set(found) == wanted
+    for row in (row for name, row in found.items() if name.startswith("tax")):  # t(2) is 4.303
+        assert row["value"] == pytest.approx(1.2) and row["seeds"] == 3
+        assert row["high"] - 1.2 == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    if "gap_600" in found:
+        assert found["gap_600"]["value"] == pytest.approx(2.4)
+        assert found["generation_gap"]["low"] == pytest.approx(3 - 1.96 * 0.25, rel=1e-3)
+    if "recall_4x" in found:
+        assert found["recall_4x"]["value"] == 0.128
+
+
+def test_headlines_are_kept_beside_the_runs_and_say_what_they_belong_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path))
+    run, row = asnn.Run.open("v14.5", "one", {}), {"value": 1.1, "low": 1.0, "high": 1.2, "seeds": 3}
+    run.headline("first", {"tax_kv": row, "gap_600": row})
+    run.headline("second", {"gap_600": {**row, "value": 1.3}})
+    found = asnn._read_json(tmp_path / "reference" / "headline.json")
+    assert [(name, one["command"], one["value"]) for name, one in sorted(found.items())] == [
+        ("gap_600", "second", 1.3), ("tax_kv", "first", 1.1)]
+    assert set(found["tax_kv"]) == {*row, "hardware", "command", "commit"}
+    assert all(found["tax_kv"].values())
