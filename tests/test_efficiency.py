@@ -338,9 +338,11 @@ def test_a_table_has_seven_columns_and_every_value_with_its_unit():
     ended = {"system": "GPT-2", "batch": 1, "context": 30, "status": "ends at 24 positions"}
     table = v17.bench_table([measured("student", 2, 1000.0), ended])
     assert table == [
-        {"system": "student", "batch": 2, "context": 8, "tokens/s": "1,000.0", "memory, MiB": "1.5",
+        {"system": "student", "batch": 2, "context": 8, "tokens/s": "1,000.0",
+         "memory, MiB (state or cache)": "1.5 (0.5)",
          "ms per step (quartiles)": "2.00 (1.00 to 3.00)", "first token, ms (once)": "250"},
-        {"system": "GPT-2", "batch": 1, "context": 30, "tokens/s": "-", "memory, MiB": "-",
+        {"system": "GPT-2", "batch": 1, "context": 30, "tokens/s": "-",
+         "memory, MiB (state or cache)": "-",
          "ms per step (quartiles)": "ends at 24 positions", "first token, ms (once)": "-"}]
     assert len(table[0]) == 7
 
