@@ -304,8 +304,7 @@ asnn.show_table([{"products": form, "PPL": f"{result.ppl:.4f}", "change": f"{cha
 # Width 768, random weights, channels that fire as often as the student's: only speed is measured.
 # It is not the gated student, which is small and trained. `sparsify` takes one way for all sites,
 # or {site: way}, here for the feed-forward products alone. `dense int8` is torch.ao's. A compiled
-# step of `gather_int8` is one C++ call, in which threads share the channels that fired in a layer;
-# other compiled steps are those of torch.compile.
+# step of `gather_int8` is one C++ call; other compiled steps are torch.compile's.
 
 # %%
 speedy = asnn.RECIPES["v14.4-sites"].replace(

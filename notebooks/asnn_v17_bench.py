@@ -254,8 +254,7 @@ def bench_table(rows):
                 "{:.2f} ({:.2f} to {:.2f})".format(*step) if step else row["status"],
             "tokens/s": f"{row['tokens/s']:,.1f}" if step else "-",
             "first token, ms (once)": f"{1e3 * row['first token']:,.0f}" if step else "-",
-            "memory, MiB (state or cache)": f"{sum(row['memory'].values()) / 2**20:,.1f} "
-            f"({row['memory']['cache'] / 2**20:,.1f})" if step else "-"})
+            "memory, MiB": f"{sum(row['memory'].values()) / 2**20:,.1f}" if step else "-"})
     return table
 
 
@@ -423,8 +422,7 @@ print("estimated with fp32 operations in all rows: int8 saves more arithmetic th
 
 # %%
 def write_gguf(path, model, kind):
-    """A GPT-2 of transformers for llama.cpp, its matrices in Q8_0 or Q4_0, by the package gguf. For
-    speed alone: of a matrix 256 rows are taken again and again."""
+    """A GPT-2 for llama.cpp, its matrices in Q8_0 or Q4_0: for speed, 256 rows again and again."""
     import gguf
     c, file, quant = model.config, gguf.GGUFWriter(path, "gpt2"), gguf.GGMLQuantizationType[kind]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
@@ -457,7 +455,7 @@ def llama_rate(tool, path, context, threads):
 
 tool = os.environ.get("LLAMA_BENCH") or shutil.which("llama-bench")
 tool = tool if importlib.util.find_spec("gguf") else None
-limits, full = {}, asnn.random_student(large, vocabulary, dict.fromkeys(site_density, 1.0), seed)
+full, files = asnn.random_student(large, vocabulary, dict.fromkeys(site_density, 1.0), seed), {}
 heads = {"student, int8 head": (spiking, "int8", operations),
          "student, int4 head": (spiking, "int4", operations),
          "all fire, int8 head": (full, "int8", asnn.operations(full))} if four else {}
@@ -465,19 +463,18 @@ buffer, sample = torch.ones(2**19 if tiny else 2**26), torch.randint(0, vocabula
 calls = {key: asnn.Decoder(asnn.sparsify(model, **int8 | {"head": head}, compiled=True), sample)
          for key, (model, head, _) in heads.items()}
 with tempfile.TemporaryDirectory() as here:
-    files = {f"llama.cpp, {key}, {kind}": f"{here}/{key} {kind}" for key in (
-        "GPT-2 of this size", "GPT-2, SDPA") for kind in ("Q8_0", "Q4_0") if tool and four}
-    for path in files.values():
-        write_gguf(path, systems[path[len(here) + 1:-5]], path[-4:])
+    for key in ("GPT-2 of this size", "GPT-2, SDPA") if tool and four else ():
+        for kind in ("Q8_0", "Q4_0"):
+            files[f"llama.cpp, {key}, {kind}"] = path = f"{here}/{len(files)}"
+            write_gguf(path, systems[key], kind)
     turns = pd.DataFrame([
         {**{key: 1 / timing.median for key, timing in asnn.time_interleaved(
             {"read": buffer.sum, **calls}, 1, 0.02 if tiny else 0.4).items()},
          **{key: llama_rate(tool, path, middle, env["threads"]) for key, path in files.items()}}
         for _ in tqdm(range(max(3, repeats // 2)), desc="peers", unit="round")])
 read = buffer.nbytes * turns.pop("read")
-for key, (_, head, rows) in heads.items():  # an int4 head has 144 bytes for 256 weights
-    size = weights_read(rows) - (head == "int4") * width * vocabulary * 7 / 16
-    limits[key] = size * turns[key] / read
+limits = {key: (weights_read(rows) - width * vocabulary * (head == "int4") * 7 / 16) * turns[key]
+          / read for key, (_, head, rows) in heads.items()}  # int4: 144 bytes for 256 weights
 asnn.show_table([{
     "system": key, "tokens/s (quartiles)": "{:,.0f} ({:,.0f} to {:,.0f})".format(
         *turns[key].quantile([0.5, 0.25, 0.75])),
@@ -534,7 +531,9 @@ asnn.show_table([{"network": key, "tokens/s, on the CPU": f"{own_rate[key]:,.1f}
                   "gap": f"{gaps[key]:.4f}" if gaps[key] else "no tax was measured"}
                  for key in trained])
 print(f"{name}: PPL over the teacher's {quality['teacher'].ppl:.2f} on the same "
-      f"{quality['teacher'].tokens:,} validation tokens (measured)")
+      f"{quality['teacher'].tokens:,} validation tokens (measured)" + "".join(
+          f"; {key} costs {100 * (gap / gaps['student, dense'] - 1):+.2f} % of PPL"
+          for key, gap in gaps.items() if key.endswith(("_int8", "int4 head"))))
 hours = loaded.metrics["training"]["seconds"] / 3600
 halvings = math.log2(student.config.vocab_size / quality["student, dense"].ppl)
 cost = hours * price_per_hour
@@ -630,8 +629,7 @@ print("GPT-2 ends at its positions:", any("ends at" in row.get("status", "") for
 
 # %% [markdown]
 # ## Saved artefacts
-# `bench.json` holds every row, `bench.md` and `bench.tex` the tables for a README and a paper.
-# Where llama.cpp ran, in full size, what is claimed goes to `outputs/reference/headline.json`.
+# All rows and tables; of the full size beside llama.cpp also `outputs/reference/headline.json`.
 
 # %%
 rows = first + [row for row in by_context if row["context"] != middle] + by_batch

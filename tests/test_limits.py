@@ -75,7 +75,7 @@ def test_the_import_prints_nothing_and_loads_no_matplotlib_of_its_own():
 # otherwise than they are imported.
 TOOLS = {"papermill", "ipykernel", "nbval", "tensorboard", "pytest", "jinja2", "tabulate"}
 OURS = {"asnn_common", "conftest", "pages", *(path.stem for path in SOURCES)}
-OPTIONAL = {"pynvml"}  # the counter of a GPU's energy
+OPTIONAL = {"pynvml", "gguf"}  # the counter of a GPU's energy; files for llama.cpp
 CALLED = {"sklearn": "scikit-learn", "IPython": "ipython", "lm_eval": "lm-eval"}
 
 
