@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import asnn_common as asnn
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: no test waits for a network
+
+import asnn_common as asnn  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "RANK", "LOCAL_RANK", "WORLD_SIZE")
