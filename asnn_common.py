@@ -2923,11 +2923,12 @@ def _pocl_order(seed: int, difficulty: np.ndarray, positions: int) -> np.ndarray
 # 9  Training
 # ==================================================================================================
 # Two things are worth C++ on a CPU. Training: an encoder, forward and backward, in one pass each
-# over memory, an eighth of the time of some forty. Decoding (section 10): a product of weights and
-# spikes that reads only the weights of channels that fired. X inputs, `out` outputs, n tokens.
-# Weights are kept as rows (X, out), one for each input channel; in int8 a row is `out` bytes, then
-# its scale and offset in fp32. The library's embedding_bag takes 2 to 4 times as long as the
-# memory needs for them; this adds four rows at once, and asks ahead for the next.
+# over memory, an eighth of the time of some forty. Decoding (section 10): products of weights and
+# spikes that read only the weights of channels that fired, a head in few bits, and the step of all
+# layers for one token. X inputs, `out` outputs, n tokens. Weights are kept as rows (X, out), one
+# for each input channel; in int8 a row is `out` bytes, then its scale and offset in fp32. The
+# library's embedding_bag takes 2 to 4 times as long as the memory needs for them; this adds four
+# rows at once, and asks ahead for the next.
 KERNEL = r"""
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -3487,7 +3488,7 @@ def _build_kernel(folder: Path) -> Path:
     if shutil.which(compiler) is None:
         raise OSError(f"the compiler {compiler} was not found")
     folder.mkdir(parents=True, exist_ok=True)
-    print("building the C++ kernel, once on this machine, about 20 s", file=sys.stderr, flush=True)
+    print("building the C++ kernel, once on this machine, about 30 s", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as here:
         source, built, root = Path(here, "goose.cpp"), Path(here, "goose.so"), torch.__path__[0]
         source.write_text(KERNEL, encoding="utf-8")
