@@ -413,11 +413,16 @@ class SpikeEncoder(_Site):
         height = (x.abs() * count).sum(0) / count.square().sum(0).clamp_min(1.0)
         return torch.where(count.any(0), height, silent)
 
+    def threshold(self) -> Tensor:
+        """|alpha| (C,), but at least an eighth of the amplitude, which is best at twice alpha: near
+        zero the gradients of one channel grow until clipping leaves nothing of all others."""
+        return torch.maximum(self.alpha.float().abs(), self.amplitude.detach().float().abs() / 8)
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The code (B, T, C) and the scale (B, T, 1) of x (B, T, C)."""
         x = (_rotate(x) if self.rotated else x) - self.centre.to(x.dtype)
         scale = x.float().abs().mean(-1, keepdim=True)
-        theta = self.alpha.float().abs() * scale.detach()
+        theta = self.threshold() * scale.detach()
         return self.code(x, theta, self.amplitude * scale), scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1496,7 +1501,7 @@ class _SpikeWatch(contextlib.ExitStack):
 
     def _encode(self, encode: Callable, name: str, site: SpikeEncoder, x: Tensor,
                 scale: Tensor) -> Tensor:
-        heights = [site.alpha, site.amplitude]
+        heights = [site.threshold(), site.amplitude]
         if site.second is not None:
             heights += site.residual_alpha, site.residual_height
         coded, rates = encode(x, scale, *heights)
@@ -4557,6 +4562,7 @@ def random_student(recipe: Recipe, vocab_size: int, rates: dict[str, float],
                 module.residual_alpha.fill_(RESIDUAL_ALPHA)
                 least /= RESIDUAL_ALPHA
             module.alpha.fill_(least)
+            module.amplitude.clamp_(max=8 * least)  # or `threshold` would not be this low
     _calibrate(student, torch.randint(0, vocab_size, (2, 32)), fire)
     return student
 

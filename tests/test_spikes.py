@@ -328,3 +328,22 @@ def test_gradients_reach_all_of_an_encoder_and_its_input(kind, options):
     (module(x) - x.detach()).square().sum().backward()
     for p in (*module.parameters(), x):
         assert p.grad.isfinite().all() and p.grad.reshape(-1, C).any(0).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_threshold_near_zero_does_not_drown_the_gradients_of_others(monkeypatch, steps):
+    """alpha may cross zero in training; what fires stays at an eighth of the height or above."""
+    x = torch.randn(4, 64, 8)
+    site = asnn.SpikeEncoder(8, steps=steps)
+    site.calibrate(x)
+    with torch.no_grad():
+        site.alpha[2] = -1e-6
+
+    def gradients():
+        loss = (site(x) * torch.linspace(-1, 1, 512).view(4, 64, 2).repeat(1, 1, 4)).sum()
+        return torch.cat([g.abs() for g in torch.autograd.grad(loss, [*site.parameters()])])
+    assert torch.equal(site.threshold()[2], site.amplitude[2] / 8)
+    assert torch.equal(site.threshold()[3:], site.alpha[3:])
+    kept = gradients()
+    monkeypatch.setattr(site, "threshold", lambda: site.alpha.abs())
+    assert kept.max() < 1e3 < 1e5 < gradients().max()

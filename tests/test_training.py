@@ -53,6 +53,22 @@ def train(on, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize("steps, problem, fast", [(49, "", False), (50, "", True),
+                                                  (50, "no compiler", False)])
+def test_a_run_that_is_long_enough_has_the_kernel_of_encoders(train, monkeypatch, steps, problem,
+                                                             fast):
+    given = []
+
+    class Look(asnn.Distiller):
+        def __init__(self, *arguments):
+            given.append(arguments[-1])
+            super().__init__(*arguments)
+    monkeypatch.setattr(asnn, "Distiller", Look)
+    monkeypatch.setattr(asnn, "_load_kernel", lambda: problem)
+    train(distill_steps=steps, keywords={"max_steps": 1})
+    assert given == [asnn._encode_fast if fast else None]
+
+
 def weights(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
