@@ -4391,7 +4391,8 @@ class _Step:
         mix, ffn, D = block.time_mix, block.ffn, len(block.time_mix.decay_logit)
 
         def site(one: _Site, start: Tensor | None) -> list[Tensor | None]:
-            found = [start, one.alpha.abs(), one.amplitude, None, None]
+            alpha = one.threshold() if isinstance(one, SpikeEncoder) else one.alpha.abs()
+            found = [start, alpha, one.amplitude, None, None]
             if one.second is not None:
                 found[3:] = one.residual_alpha.abs(), one.residual_height
             return [x.expand(D) if x is not None and len(x) == 1 else x for x in found]

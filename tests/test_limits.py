@@ -22,8 +22,8 @@ def committed(folder):
 
 
 @pytest.mark.parametrize("what, paths, limit", [
-    ("the module", [MODULE], 5036), ("the notebooks", (ROOT / "notebooks").glob("*.py"), 2800),
-    (".ci", committed(".ci"), 350), ("the tests", (ROOT / "tests").glob("*.py"), 8154),
+    ("the module", [MODULE], 5043), ("the notebooks", (ROOT / "notebooks").glob("*.py"), 2800),
+    (".ci", committed(".ci"), 350), ("the tests", (ROOT / "tests").glob("*.py"), 8192),
     ("the README", [ROOT / "README.md"], 200)])
 def test_length(what, paths, limit):
     assert 0 < len(lines_of(*paths)) <= limit, what
