@@ -2928,19 +2928,43 @@ def _pocl_order(seed: int, difficulty: np.ndarray, positions: int) -> np.ndarray
 # 9  Training
 # ==================================================================================================
 # Two things are worth C++ on a CPU. Training: an encoder, forward and backward, in one pass each
-# over memory, an eighth of the time of some forty. Decoding (section 10): a product of weights and
-# spikes that reads only the weights of channels that fired. X inputs, `out` outputs, n tokens.
-# Weights are kept as rows (X, out), one for each input channel; in int8 a row is `out` bytes, then
-# its scale and offset in fp32. The library's embedding_bag takes 2 to 4 times as long as the
-# memory needs for them; this adds four rows at once, and asks ahead for the next.
+# over memory, an eighth of the time of some forty. Decoding (section 10): products of weights and
+# spikes that read only the weights of channels that fired, a head in few bits, and the step of all
+# layers for one token. X inputs, `out` outputs, n tokens. Weights are kept as rows (X, out), one
+# for each input channel; in int8 a row is `out` bytes, then its scale and offset in fp32. The
+# library's embedding_bag takes 2 to 4 times as long as the memory needs for them; this adds four
+# rows at once, and asks ahead for the next.
 KERNEL = r"""
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <bit>
+#include <omp.h>
 #include <torch/library.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 constexpr int64_t AHEAD = 16;  // events between asking for a row and adding it
 struct Event { int32_t channel; float value; };
+// sum (64, from c on) += f * the bytes of four rows. The compiler alone takes twice as long.
+static int64_t add_line(const uint8_t* const* row, const float* f, int64_t c, float* sum) {
+#ifdef __AVX2__
+  for (const int64_t end = c + 64; c < end; c += 8) {
+    __m256 s = _mm256_loadu_ps(sum + c);
+    for (int r = 0; r < 4; ++r)
+      s = _mm256_fmadd_ps(_mm256_set1_ps(f[r]), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row[r] + c)))), s);
+    _mm256_storeu_ps(sum + c, s);
+  }
+#endif
+  return c;
+}
+static int64_t add_line(const float* const*, const float*, int64_t c, float*) { return c; }
+// Events after the last one: the last four are filled up, and there is something to ask for.
+static void close(Event* events, int64_t count) {
+  std::fill_n(events + count, AHEAD + 4, Event{count ? events[count - 1].channel : 0, 0.0f});
+}
 template <typename T>  // sum (out) += value * row of the channel, of all events, four at once
 static void add_rows(const T* rows, int64_t stride, int64_t out, const Event* events, int64_t count,
                      float* __restrict sum) {
@@ -2958,7 +2982,8 @@ static void add_rows(const T* rows, int64_t stride, int64_t out, const Event* ev
     }
     for (int64_t j = 0; j < out; j += LINE) {
       for (int r = 0; r < 4; ++r) __builtin_prefetch(next[r] + j);
-      for (int64_t c = j; c < std::min(j + LINE, out); ++c)
+      const int64_t end = std::min(j + LINE, out);
+      for (int64_t c = j + LINE > out ? j : add_line(row, f, j, sum); c < end; ++c)
         sum[c] += f[0] * row[0][c] + f[1] * row[1][c] + f[2] * row[2][c] + f[3] * row[3][c];
     }
   }
@@ -2986,8 +3011,7 @@ static at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& spikes) 
           events[count] = {static_cast<int32_t>(i), fired[t * X + i]};
           count += fired[t * X + i] != 0;  // no branch: half of them are zero, at random
         }
-        const int32_t again = count ? events[count - 1].channel : 0;  // fills up the last four
-        std::fill_n(&events[count], AHEAD + 4, Event{again, 0.0f});
+        close(events.data(), count);
         add_rows(data, stride, out, events.data(), count,
                  part ? &others[(part - 1) * out] : sum + t * out);
       }
@@ -3104,16 +3128,348 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor> encode_backward(
   });
   return {dx, dscale, sums.sum(0)};
 }
+// ---- the head: rows of 8 bits with a scale each, or of 4 bits, 8 rows beside each other: for each
+// 32 channels 128 bytes (channels 0-3 of 8 rows, 4-7 in the high halves, ...), then 8 fp16 scales
+constexpr int64_t GROUP = 32, BLOCK = 8 * GROUP / 2 + 16;
+struct Input {  // tokens as integers of 15 bits for 8-bit rows, of 8 bits in groups for 4-bit rows
+  std::vector<int16_t> wide; std::vector<int8_t> narrow; std::vector<int32_t> sum;
+  std::vector<float> scale;
+  Input(const float* x, int64_t n, int64_t D, bool eight) : wide(n * D * eight),
+      narrow(n * D * !eight), sum(n * D / GROUP * !eight), scale(eight ? n : n * D / GROUP) {
+    const int64_t size = eight ? D : GROUP;
+    const float top = eight ? std::min<int64_t>(32767, INT32_MAX / (127 * D)) : 127;
+    for (size_t g = 0; g < scale.size(); ++g) {
+      float most = 1e-30f;
+      for (int64_t i = g * size; i < (g + 1) * size; ++i) most = std::max(most, std::abs(x[i]));
+      scale[g] = most / top;
+      for (int64_t i = g * size; i < (g + 1) * size; ++i) {
+        const int32_t q = std::lrintf(x[i] / scale[g]);
+        eight ? wide[i] = q : (sum[g] += 8 * q, narrow[i] = q);
+      }
+    }
+  }
+};
+static void eight_rows(const uint8_t* w, const Input& in, int64_t first, int64_t groups,
+                       float* to) {
+  const int8_t* x = in.narrow.data() + first * GROUP;
+#if defined(__AVX2__) && defined(__F16C__)
+  const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1);
+  __m256 total = _mm256_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g, w += BLOCK, x += GROUP) {
+    __m256i s = _mm256_setzero_si256();  // 16 products of 15 * 127 are below 2^15
+    for (int c = 0; c < 4; ++c) {
+      int32_t even, odd;
+      std::memcpy(&even, x + 8 * c, 4), std::memcpy(&odd, x + 8 * c + 4, 4);
+      const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * c));
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), low);
+      s = _mm256_add_epi16(s, _mm256_add_epi16(
+        _mm256_maddubs_epi16(_mm256_and_si256(q, low), _mm256_set1_epi32(even)),
+        _mm256_maddubs_epi16(high, _mm256_set1_epi32(odd))));
+    }
+    _mm_prefetch(reinterpret_cast<const char*>(w + 4096), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w + 4160), _MM_HINT_T0);
+    const __m256i centred = _mm256_sub_epi32(_mm256_madd_epi16(s, one),
+                                             _mm256_set1_epi32(in.sum[first + g]));
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 128));
+    total = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(
+      in.scale[first + g])), _mm256_cvtepi32_ps(centred), total);
+  }
+  _mm256_storeu_ps(to, total);
+#else
+  std::fill_n(to, 8, 0.0f);
+  for (int64_t g = 0; g < groups; ++g, w += BLOCK, x += GROUP)
+    for (int r = 0; r < 8; ++r) {
+      int32_t s = -in.sum[first + g];
+      for (int c = 0; c < GROUP; ++c)
+        s += x[c] * (w[c / 8 * 32 + 4 * r + c % 4] >> (c % 8 / 4 * 4) & 15);
+      at::Half scale;
+      std::memcpy(&scale, w + 128 + 2 * r, 2);
+      to[r] += s * in.scale[first + g] * static_cast<float>(scale);
+    }
+#endif
+}
+// Logits (n, V) of eight rows from v on. A row is read once for all tokens.
+static void head_rows(const uint8_t* rows, const float* scale, const Input& in, int64_t n,
+                      int64_t D, int64_t V, int64_t v, float* logits) {
+  float eight[8];
+  for (int64_t t = 0; t < n && !scale; ++t) {
+    eight_rows(rows + v / 8 * (D / GROUP) * BLOCK, in, t * D / GROUP, D / GROUP, eight);
+    std::copy_n(eight, std::min<int64_t>(8, V - v), logits + t * V + v);
+  }
+  for (const int64_t last = std::min(v + 8, V); v < last && scale; ++v) {
+    const int8_t* row = reinterpret_cast<const int8_t*>(rows) + v * D;
+    for (int64_t j = 0; j < D; j += 64) __builtin_prefetch(row + j + 4096);
+    for (int64_t t = 0; t < n; ++t) {
+      const int16_t* x = in.wide.data() + t * D;
+      int32_t sum = 0;
+      for (int64_t j = 0; j < D; ++j) sum += x[j] * row[j];
+      logits[t * V + v] = sum * (in.scale[t] * scale[v]);
+    }
+  }
+}
+static at::Tensor head(const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& x,
+                       int64_t V) {
+  const int64_t n = x.size(0), D = x.size(1);
+  const bool eight = scale.numel() > 0;
+  TORCH_CHECK(rows.is_contiguous() && x.is_contiguous() && rows.nbytes() >= size_t(
+    eight ? V * D : (V + 7) / 8 * (D / GROUP) * BLOCK), "head takes contiguous rows and x (n, D)");
+  at::Tensor logits = at::empty({n, V}, x.options());
+  const Input in(x.const_data_ptr<float>(), n, D, eight);
+  const uint8_t* data = static_cast<const uint8_t*>(rows.const_data_ptr());
+  const float* scales = eight ? scale.const_data_ptr<float>() : nullptr;
+  float* to = logits.data_ptr<float>();
+  at::parallel_for(0, (V + 7) / 8, 64, [&](int64_t first, int64_t last) {
+    for (int64_t v = 8 * first; v < 8 * last; v += 8) head_rows(data, scales, in, n, D, V, v, to);
+  });
+  return logits;
+}
+
+// ---- one token through all layers: numbers and pointers in the order in which `_Step` lists them
+struct Rows { const uint8_t* data; const float* bias; };  // (in, out + 8), (out)
+// A SpikeEncoder with its centre, a TernarySpike with its channel means; of the second train alpha
+// and height. What is not there is null.
+struct Site { const float *start, *alpha, *amplitude, *again[2]; };
+struct Layer {
+  const float *ln_1[2], *ln_2[2], *norm[2], *decay, *decay_out, *mix[4];
+  Site key, value, in[4], mix_out, ffn_in, ffn_hidden;
+  Rows product[4], beta, decay_in, output, up, down;
+};
+struct Model {
+  int64_t layers, D, F, heads, V, positions, levels, spike_levels, binary, activation, rank;
+  const float* eps;
+  const uint8_t* table; const float *table_scale, *position, *ln_f[2];
+  const uint8_t* head; const float* head_scale;
+  Layer layer[1];
+};
+static inline float sigmoid(float x) {
+  const float e = decay_exp(std::abs(x));
+  return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+static void layer_norm(const float* x, const float* const* by, int64_t n, float eps, float* y) {
+  float mean = 0, square = 0;
+#pragma omp simd reduction(+ : mean)
+  for (int64_t i = 0; i < n; ++i) mean += x[i];
+  mean /= n;
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / std::sqrt(square / n + eps);
+  for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * by[0][i] + by[1][i];
+}
+static float deviation(const float* x, const float* centre, int64_t first, int64_t last) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = first; i < last; ++i) sum += std::abs(x[i] - (centre ? centre[i] : 0.0f));
+  return sum;
+}
+struct Code {  // of x at theta, in `spikes`, as _Site.code makes it; the other arrays are used up
+  std::vector<float> x, theta, height, spikes, again;
+  explicit Code(int64_t n) : x(n), theta(n), height(n), spikes(n), again(n) {}
+  void train(int64_t levels, float least, int64_t first, int64_t last, float* __restrict to) {
+    std::fill(to + first, to + last, 0.0f);
+    for (int64_t level = 1; level <= levels; ++level)
+      for (int64_t i = first; i < last; ++i)
+        to[i] += std::max(least, fire(x[i], level * theta[i]));
+  }
+  void make(const Site& site, int64_t levels, float least, int64_t first, int64_t last) {
+    train(levels, least, first, last, spikes.data());
+    if (!site.again[0]) return;
+    for (int64_t i = first; i < last; ++i)
+      x[i] -= height[i] * spikes[i], theta[i] *= site.again[0][i];
+    train(levels, least, first, last, again.data());
+    for (int64_t i = first; i < last; ++i) spikes[i] += site.again[1][i] * again[i];
+  }
+};
+static void spike(float* x, const Site& site, const Model& m, Code& code) {  // as TernarySpike
+  const float mean = deviation(x, nullptr, 0, m.D) / m.D;
+  for (int64_t i = 0; i < m.D; ++i) {
+    code.x[i] = x[i];
+    code.theta[i] = site.alpha[i] * (site.start ? std::sqrt(site.start[i] * mean) : mean);
+    code.height[i] = 2 * code.theta[i];
+  }
+  code.make(site, m.spike_levels, m.binary ? 0.0f : -1.0f, 0, m.D);
+  for (int64_t i = 0; i < m.D; ++i) x[i] = site.amplitude[i] * code.spikes[i];
+}
+static void activate(int64_t kind, float* x, int64_t n) {
+  if (kind == 0)
+    for (int64_t i = 0; i < n; ++i) x[i] = std::max(0.0f, x[i]);
+  else if (kind == 1)
+    for (int64_t i = 0; i < n; ++i) x[i] *= sigmoid(x[i]);
+  else  // 1 + tanh(u) = 2 sigmoid(2 u)
+    for (int64_t i = 0; i < n; ++i)
+      x[i] *= sigmoid(1.5957691216f * x[i] * (1.0f + 0.044715f * x[i] * x[i]));
+}
+// Writes k, v to the state S (N, N) of one head and reads it: out (N), normed and gated.
+static void remember(const Layer& l, int64_t N, int64_t o, float eps, const float* beta,
+                     const float* decay, float* k, float* v, const float* r, float* gate,
+                     const float* S, float* S_new, float* out) {
+  float square = 1, write = beta ? sigmoid(*beta) : 1;
+  for (int64_t n = 0; n < N; ++n) square += k[n] * k[n];
+  for (int64_t n = 0; n < N; ++n)
+    k[n] *= beta ? 1 / std::sqrt(square) : std::sqrt(std::max(1 - decay[n] * decay[n], 0x1p-23f));
+  for (int64_t n = 0; n < N && beta; ++n)
+    if (k[n] != 0)
+      for (int64_t j = 0; j < N; ++j) v[j] -= k[n] * S[n * N + j];
+  std::fill_n(out, N, 0.0f);
+  for (int64_t n = 0; n < N; ++n) {
+    const float w = std::max(decay[n], 0.1f), key = write * k[n], read = r[n];  // MIN_DECAY
+    for (int64_t j = 0; j < N; ++j) {
+      S_new[n * N + j] = w * S[n * N + j] + key * v[j];
+      out[j] += read * S_new[n * N + j];
+    }
+  }
+  const float* by[2] = {l.norm[0] + o, l.norm[1] + o};
+  layer_norm(out, by, N, eps, out);
+  activate(1, gate, N);
+  for (int64_t j = 0; j < N; ++j) out[j] *= gate[j];
+}
+struct Shared { float *parts, *mixed, *deviations; int64_t stride; };
+// What one of T threads does for a token. Each keeps its own x, and gathers its share of channels.
+static void pass(const Model& m, int64_t token, int64_t position, const Shared& a,
+                 const std::vector<const float*>& before, const std::vector<float*>& after,
+                 float* result) {
+  const int64_t T = omp_get_num_threads(), me = omp_get_thread_num(), D = m.D, F = m.F,
+    H = m.heads, N = D / H, R = m.rank, wide = std::max(D, F);
+  auto from = [&](int64_t n, int64_t part) { return n * part / T; };
+  std::vector<float> x(D), y(D), z(wide), k(D), v(D), r(D), gate(D), beta(H), low(R), decay(D);
+  Code code(wide);
+  std::vector<Event> events(wide + AHEAD + 4);
+  float *mine = a.parts + me * a.stride, scale[4], eps = *m.eps;
+  int64_t count = 0;
+  auto gather = [&](Rows rows, int64_t out, int64_t at) {
+    std::fill_n(mine + at, out, 0.0f);
+    add_rows(rows.data, out + 8, out, events.data(), count, mine + at);
+  };
+  auto fire_at = [&](const float* z, const Site& site, float mean, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      code.x[i] = z[i] - site.start[i];
+      code.theta[i] = site.alpha[i] * mean, code.height[i] = site.amplitude[i] * mean;
+    }
+    code.make(site, m.levels, -1.0f, first, last);
+    count = 0;
+    for (int64_t i = first; i < last; ++i) {
+      events[count] = {static_cast<int32_t>(i), code.spikes[i]};
+      count += code.spikes[i] != 0;
+    }
+    close(events.data(), count);
+  };
+  auto encode = [&](const float* z, const Site& site) {
+    const float mean = deviation(z, site.start, 0, D) / D;
+    fire_at(z, site, mean, from(D, me), from(D, me + 1));
+    return mean;
+  };
+  auto collect = [&](Rows rows, float by, int64_t at, int64_t first, int64_t last, float* to) {
+    std::fill(to + first, to + last, 0.0f);
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t j = first; j < last; ++j) to[j] += a.parts[t * a.stride + at + j];
+    for (int64_t j = first; j < last; ++j) to[j] = by * to[j] + rows.bias[j];
+  };
+  for (int64_t j = 0; j < D; ++j) {
+    const float word = m.table_scale
+      ? m.table_scale[token] * reinterpret_cast<const int8_t*>(m.table)[token * D + j]
+      : reinterpret_cast<const float*>(m.table)[token * D + j];
+    x[j] = word + m.position[position * D + j];
+  }
+  for (int64_t i = 0; i < m.layers; ++i) {
+    const Layer& l = m.layer[i];
+    const float *S = before[2 * i], *shift = before[2 * i + 1];
+    layer_norm(x.data(), l.ln_1, D, eps, y.data());
+    if (me == 0) std::copy_n(y.data(), D, after[2 * i + 1]);
+    for (int q = 0; q < 4; ++q) {  // k, v, r, gate
+      for (int64_t j = 0; j < D; ++j) z[j] = shift[j] + (y[j] - shift[j]) * l.mix[q][j];
+      scale[q] = encode(z.data(), l.in[q]);
+      gather(l.product[q], D, q * D);
+      if (q == 0 && l.beta.data) gather(l.beta, H, 4 * D);
+      if (q == 0 && R) gather(l.decay_in, R, 6 * D + H + F);
+    }
+#pragma omp barrier
+    const int64_t first = from(H, me), last = from(H, me + 1);
+    collect(l.product[0], scale[0], 0, 0, D, k.data());
+    collect(l.product[1], scale[1], D, 0, D, v.data());
+    collect(l.product[2], scale[2], 2 * D, first * N, last * N, r.data());
+    collect(l.product[3], scale[3], 3 * D, first * N, last * N, gate.data());
+    if (l.beta.data) collect(l.beta, scale[0], 4 * D, first, last, beta.data());
+    if (R) collect(l.decay_in, scale[0], 6 * D + H + F, 0, R, low.data());
+    for (int64_t j = 0; j < R; ++j) low[j] = 2 * sigmoid(2 * low[j]) - 1;  // tanh
+    for (int64_t i = first * N; i < last * N; ++i) {
+      decay[i] = l.decay[i];
+      for (int64_t j = 0; j < R; ++j) decay[i] += l.decay_out[i * R + j] * low[j];
+    }
+    for (int64_t i = first * N; i < last * N; ++i) decay[i] = sigmoid(decay[i]);
+    spike(k.data(), l.key, m, code);
+    spike(v.data(), l.value, m, code);
+    for (int64_t h = first, o = h * N; h < last; ++h, o += N)
+      remember(l, N, o, eps, l.beta.data ? &beta[h] : nullptr, &decay[o], &k[o], &v[o], &r[o],
+               &gate[o], S + o * N, after[2 * i] + o * N, a.mixed + o);
+#pragma omp barrier
+    scale[0] = encode(a.mixed, l.mix_out);
+    gather(l.output, D, 4 * D + H);
+#pragma omp barrier
+    collect(l.output, scale[0], 4 * D + H, 0, D, y.data());
+    for (int64_t j = 0; j < D; ++j) x[j] += y[j];
+    layer_norm(x.data(), l.ln_2, D, eps, y.data());
+    scale[0] = encode(y.data(), l.ffn_in);
+    gather(l.up, F, 5 * D + H);
+#pragma omp barrier
+    const int64_t begin = from(F, me), end = from(F, me + 1);
+    collect(l.up, scale[0], 5 * D + H, begin, end, z.data());
+    activate(m.activation, &z[begin], end - begin);
+    a.deviations[me] = deviation(z.data(), l.ffn_hidden.start, begin, end);
+#pragma omp barrier
+    scale[0] = std::accumulate(a.deviations, a.deviations + T, 0.0f) / F;
+    fire_at(z.data(), l.ffn_hidden, scale[0], begin, end);
+    gather(l.down, D, 5 * D + H + F);
+#pragma omp barrier
+    collect(l.down, scale[0], 5 * D + H + F, 0, D, y.data());
+    for (int64_t j = 0; j < D; ++j) x[j] += y[j];
+  }
+  layer_norm(x.data(), m.ln_f, D, eps, y.data());
+  if (!m.head) {
+    if (me == 0) std::copy_n(y.data(), D, result);
+    return;
+  }
+  const Input in(y.data(), 1, D, m.head_scale != nullptr);
+#pragma omp for schedule(dynamic, 64)
+  for (int64_t v = 0; v < m.V; v += 8) head_rows(m.head, m.head_scale, in, 1, D, m.V, v, result);
+}
+static std::vector<at::Tensor> step(const at::Tensor& plan, const at::Tensor& token,
+                                    const at::Tensor& position, at::TensorList state) {
+  const Model& m = *reinterpret_cast<const Model*>(plan.const_data_ptr<int64_t>());
+  const int64_t D = m.D, id = *token.const_data_ptr<int64_t>(),
+    at = std::clamp<int64_t>(*position.const_data_ptr<int64_t>(), 0, m.positions - 1);
+  TORCH_CHECK(plan.nbytes() == sizeof(Model) + (m.layers - 1) * sizeof(Layer) &&
+              static_cast<int64_t>(state.size()) == 2 * m.layers, "step takes the plan of _Step");
+  TORCH_CHECK_INDEX(id >= 0 && id < m.V, "index out of range: token ", id);
+  std::vector<at::Tensor> kept, result{at::empty({1, 1, m.head ? m.V : D}, state[0].options())};
+  std::vector<const float*> before;
+  std::vector<float*> after;
+  for (size_t i = 0; i < state.size(); ++i) {
+    TORCH_CHECK(state[i].numel() == (i % 2 ? D : D * D / m.heads), "step takes one sequence");
+    kept.push_back(state[i].contiguous());
+    result.push_back(at::empty_like(kept[i]));
+    before.push_back(kept[i].const_data_ptr<float>());
+    after.push_back(result[i + 1].data_ptr<float>());
+  }
+  const int64_t threads = at::get_num_threads();
+  const int64_t stride = (6 * D + m.heads + m.F + m.rank + 31) / 16 * 16;
+  std::vector<float> work(threads * stride + D + threads);
+  float* end = work.data() + threads * stride;
+  const Shared a{work.data(), end, end + D, stride};
+  float* first = result[0].data_ptr<float>();
+#pragma omp parallel num_threads(threads)
+  pass(m, id, at, a, before, after, first);
+  return result;
+}
 TORCH_LIBRARY_FRAGMENT(asnn_goose, m) {
   m.def("gather_rows(Tensor rows, Tensor x) -> Tensor");
   m.def("encode(Tensor x, Tensor scale, Tensor heights) -> (Tensor, Tensor)");
   m.def("encode_backward(Tensor x, Tensor scale, Tensor heights, Tensor grad, Tensor rate) -> "
         "(Tensor, Tensor, Tensor)");
+  m.def("head(Tensor rows, Tensor scale, Tensor x, int size) -> Tensor");
+  m.def("step(Tensor plan, Tensor token, Tensor position, Tensor[] state) -> Tensor[]");
 }
 TORCH_LIBRARY_IMPL(asnn_goose, CPU, m) {
-  m.impl("gather_rows", &gather_rows);
-  m.impl("encode", &encode);
-  m.impl("encode_backward", &encode_backward);
+  m.impl("gather_rows", &gather_rows), m.impl("encode", &encode), m.impl("head", &head);
+  m.impl("encode_backward", &encode_backward), m.impl("step", &step);
 }
 """
 _KERNEL: dict[str, str] = {}  # what `_load_kernel` found; torch.compile sees through no lru_cache
@@ -3137,7 +3493,7 @@ def _build_kernel(folder: Path) -> Path:
     if shutil.which(compiler) is None:
         raise OSError(f"the compiler {compiler} was not found")
     folder.mkdir(parents=True, exist_ok=True)
-    print("building the C++ kernel, once on this machine, about 20 s", file=sys.stderr, flush=True)
+    print("building the C++ kernel, once on this machine, about 30 s", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as here:
         source, built, root = Path(here, "goose.cpp"), Path(here, "goose.so"), torch.__path__[0]
         source.write_text(KERNEL, encoding="utf-8")
@@ -3886,16 +4242,84 @@ class _SpikeLinear(nn.Module):
         return f"out={len(self.bias)}, backend={self.backend}"
 
 
+def _int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (V, D) as int8 and scales (V,)."""
+    scales = weight.abs().amax(1).clamp_min(1e-30) / 127
+    return (weight / scales.unsqueeze(1)).round().to(torch.int8), scales
+
+
+def _int4_rows(weight: Tensor) -> Tensor:
+    """weight (V, D) in 4 bits with a scale for 32 channels, as KERNEL says: (V/8, D/32, 144)."""
+    x = F.pad(weight, (0, 0, 0, -len(weight) % 8)).unflatten(0, (-1, 8)).unflatten(2, (-1, 32))
+    scales = (x.gather(-1, x.abs().argmax(-1, keepdim=True)) / -8).half()  # (V / 8, 8, D / 32, 1)
+    steps = (x / scales.float()).nan_to_num(0.0).round().clamp(-8, 7).add(8).to(torch.uint8)
+    low, high = steps.unflatten(-1, (4, 2, 4)).unbind(-2)  # (V / 8, 8, D / 32, 4, 4)
+    pairs = (low | high << 4).permute(0, 2, 3, 1, 4).flatten(2)  # (V / 8, D / 32, 128)
+    return torch.cat((pairs, scales.squeeze(-1).mT.contiguous().view(torch.uint8)), -1)
+
+
+def _on_large_pages(*modules: nn.Module) -> None:
+    """Moves the 8-bit buffers of modules to pages of 2 MiB, where Linux has them: a token jumps
+    from row to row, and on small pages a fifth of its time goes into looking them up."""
+    found = [(module, name, value) for module in modules for name, value in
+             module.named_buffers(recurse=False) if value.element_size() == 1]
+    sizes = [-(-value.numel() // 64) * 64 for *_, value in found]
+    page, total = 2**21, sum(sizes)
+    if total < page:
+        return
+    room = torch.empty(total + page, dtype=torch.uint8)
+    start = -room.data_ptr() % page
+    with contextlib.suppress(AttributeError, OSError):  # no such call: then they stay small
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(room.data_ptr() + start),
+                                  ctypes.c_size_t(total), 14)  # MADV_HUGEPAGE
+    for (module, name, value), size in zip(found, sizes):
+        new = room[start:start + value.numel()].view(value.dtype).view(value.shape)
+        setattr(module, name, new.copy_(value))
+        start += size
+
+
+class _Int8Embedding(nn.Module):
+    """A table in int8: ids (...) -> (..., D)."""
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        for name, value in zip(("rows", "scales"), _int8_rows(weight)):
+            self.register_buffer(name, value)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows[ids].float() * self.scales[ids].unsqueeze(-1)
+
+
+class _Head(nn.Module):
+    """A head in int8 or int4, by the kernel; the rows of an int8 table are shared with it."""
+    def __init__(self, weight: Tensor, kind: str, table: nn.Module):
+        super().__init__()
+        shared = kind == "int8" and isinstance(table, _Int8Embedding)
+        rows, scales = (table.rows, table.scales) if shared else _int8_rows(weight)
+        if kind == "int4":
+            rows, scales = _int4_rows(weight), weight.new_empty(0)
+        self.size = len(weight)
+        self.register_buffer("rows", rows)
+        self.register_buffer("scales", scales)
+        _on_large_pages(self)
+        if shared:
+            table.rows = self.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> logits (..., V)"""
+        flat = x.reshape(-1, x.shape[-1]).float().contiguous()
+        logits = torch.ops.asnn_goose.head(self.rows, self.scales, flat, self.size)
+        return logits.view(*x.shape[:-1], self.size)
+
+
 def _to_int8(model: nn.Module, linears: list[str], embeddings: list[str]) -> None:
     """Quantises these modules in place: weights in int8, activations of Linears as they come."""
-    ao = torch.ao.quantization
-    plan = {name: ao.default_dynamic_qconfig for name in linears}
-    plan |= {name: ao.float_qparams_weight_only_qconfig for name in embeddings}
+    plan = {name: torch.ao.quantization.default_dynamic_qconfig for name in linears}
+    model = model.float() if linears or embeddings else model  # beside fp32
     with warnings.catch_warnings():  # a notice of deprecation at each call
         warnings.simplefilter("ignore")
-        ao.quantize_dynamic(model.float() if plan else model, plan, inplace=True)  # beside fp32
-    for name in embeddings:  # its kernel takes no other indices
-        model.get_submodule(name).register_forward_pre_hook(lambda _m, args: args[0].contiguous())
+        torch.ao.quantization.quantize_dynamic(model, plan, inplace=True)
+    for name in embeddings:
+        model.set_submodule(name, _Int8Embedding(model.get_submodule(name).weight.detach()))
 
 
 def _compile_steps(student: GooseForCausalLM) -> None:
@@ -3916,10 +4340,121 @@ _FED = {"mix_in.k": ("key", "beta", "decay_in"), "mix_in.v": ("value",), "mix_in
         "ffn_hidden": ("down",)}
 
 
+class _Step:
+    """The C++ step of a sparse copy: its sizes and the addresses of its weights, in the order of
+    the structs of KERNEL. It holds what it points at, and a copy of the model does not get it."""
+    ACTIVATIONS = ("relu", "silu", "gelu_pytorch_tanh")  # in the order of KERNEL's numbers
+
+    def __init__(self, model: GooseForCausalLM):
+        goose, config = model.goose, model.config
+        _on_large_pages(*(m for m in goose.blocks.modules() if isinstance(m, _SpikeLinear)))
+        spike, code = goose.blocks[0].time_mix.spike_k, goose.blocks[0].ffn.ffn_in.encoder
+        table, self.head = goose.embeddings, isinstance(model.lm_head, _Head)
+        self.head = self.head and isinstance(goose.head_in, nn.Identity)
+        table = (table.rows, table.scales) if isinstance(table, _Int8Embedding) else (
+            table.weight, None)
+        head = (model.lm_head.rows, model.lm_head.scales) if self.head else (None, None)
+        sizes = [config.n_layer, config.d_model, config.ffn_width, goose.blocks[0].time_mix.heads,
+                 config.vocab_size, config.n_positions, code.levels, spike.levels,
+                 spike.kind == "binary", self.ACTIVATIONS.index(config.activation),
+                 config.decay_rank if config.decay == "token" else 0]
+        held = [torch.tensor([config.layer_norm_epsilon]), *table, goose.positions.weight,
+                goose.ln_f.weight, goose.ln_f.bias, *head]
+        held += [x for block in goose.blocks for x in self._layer(block)]
+        self.held = [x if x is None else x.detach().contiguous() for x in held]
+        self.plan = torch.tensor(sizes + [x.data_ptr() if x is not None and x.numel() else 0
+                                          for x in self.held])
+        self.hooks = [hooks for module in model.modules() if module is not model
+                      for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.place = goose.ln_f.weight.data_ptr()
+
+    @staticmethod
+    def problem(model: GooseForCausalLM) -> str:
+        """Why a sparse copy cannot have it, or ""."""
+        blocks = [*_blocks(model).modules()]
+        if model.config.state_kind == "vector":
+            return "the step in C++ is for state_kind matrix and delta"
+        dense = {block.time_mix.decay_out for block in _blocks(model)}
+        if any(type(m) is nn.Linear and m not in dense
+               or getattr(m, "backend", "gather_int8") != "gather_int8" for m in blocks):
+            return "the step in C++ needs gather_int8 at all sites of the layers"
+        if any(getattr(m, "rotated", False) for m in blocks):
+            return "the step in C++ knows no rotation"
+        if model.config.activation not in _Step.ACTIVATIONS:
+            return f"the step in C++ knows the activations {', '.join(_Step.ACTIVATIONS)}"
+        if model.dtype is not torch.float32:
+            return "the step in C++ is for weights in fp32"
+        return model.without_kernel
+
+    @staticmethod
+    def _layer(block: GooseBlock) -> list[Tensor | None]:
+        mix, ffn, D = block.time_mix, block.ffn, len(block.time_mix.decay_logit)
+
+        def site(one: _Site, start: Tensor | None) -> list[Tensor | None]:
+            alpha = one.threshold() if isinstance(one, SpikeEncoder) else one.alpha.abs()
+            found = [start, alpha, one.amplitude, None, None]
+            if one.second is not None:
+                found[3:] = one.residual_alpha.abs(), one.residual_height
+            return [x.expand(D) if x is not None and len(x) == 1 else x for x in found]
+
+        held = [x for norm in (block.ln_1, block.ln_2, mix.norm) for x in (norm.weight, norm.bias)]
+        held += [mix.decay_logit, None if mix.decay_out is None else mix.decay_out.weight]
+        held += [mix.mix_k, mix.mix_v, mix.mix_r, mix.mix_g]
+        for spike in (mix.spike_k, mix.spike_v):
+            held += site(spike, spike.channel_mean)
+        for code in (*(mix.mix_in[name] for name in "kvrg"), mix.mix_out, ffn.ffn_in,
+                     ffn.ffn_hidden):
+            held += site(code.encoder, code.encoder.centre)
+        for linear in (mix.key, mix.value, mix.receptance, mix.gate, mix.beta, mix.decay_in,
+                       mix.output, ffn.up, ffn.down):
+            held += [None, None] if linear is None else [linear.weights, linear.bias]
+        return held
+
+    def __reduce__(self):  # for copies and for what is saved
+        return type(None), ()
+
+    def takes(self, model: GooseForCausalLM, input_ids: Any, mask: Any, state: Any,
+              more: dict[str, Any]) -> bool:
+        """Whether a call of the model is the next token of one sequence, and nothing looks on."""
+        few = {"use_cache": (True, None), "logits_to_keep": (0, 1), "return_dict": (True, None)}
+        return (isinstance(state, _GooseState) and isinstance(input_ids, Tensor)
+                and input_ids.shape == (1, 1) and input_ids.dtype is torch.long
+                and len(state.position) == 1 and state.layers[0].S.dtype is torch.float32
+                and (mask is None or mask.dim() == 2 and bool(mask[0, -1]))
+                and all(value in few[name] if name in few else value is None
+                        for name, value in more.items())
+                and not (model.training or torch.is_grad_enabled() or any(self.hooks))
+                and model.config.use_cache and not model.config.output_hidden_states
+                and model.goose.ln_f.weight.data_ptr() == self.place)
+
+    def __call__(self, model: GooseForCausalLM, input_ids: Tensor,
+                 state: _GooseState) -> _GooseOutput:
+        x, *after = torch.ops.asnn_goose.step.default(
+            self.plan, input_ids, state.position, [x for layer in state.layers for x in layer])
+        logits = x if self.head else model.lm_head(model.goose.head_in(x))
+        layers = tuple(map(_LayerState, after[::2], after[1::2]))
+        return _GooseOutput(logits=logits, state=_GooseState(
+            layers, state.position + 1, state.length + 1))
+
+
+class _SparseStudent(GooseForCausalLM):
+    """What `sparsify` makes of a student."""
+    step: _Step | None = None
+
+    @functools.wraps(GooseForCausalLM.forward)
+    def forward(self, input_ids=None, attention_mask=None, state=None, *rest, **more):
+        if self.step and not rest and self.step.takes(self, input_ids, attention_mask, state, more):
+            return self.step(self, input_ids, state)
+        return super().forward(input_ids, attention_mask, state, *rest, **more)
+
+    def save_pretrained(self, *_args: Any, **_kwargs: Any) -> None:
+        raise ValueError("a sparse copy cannot be saved: save the student it was made of.")
+
+
 @torch.no_grad()
 def sparsify(student: GooseForCausalLM, backend: str | dict[str, str] = "gather",
              head: str = "dense", embeddings: str = "dense",
-             compiled: bool = False) -> GooseForCausalLM:
+             compiled: bool = False) -> _SparseStudent:
     """A decoding copy of a student in which Linears that encoders feed take spikes and skip zeros.
 
     Logits are those of the student up to the order of sums, and to 0.7 % per product with
@@ -3929,10 +4464,12 @@ def sparsify(student: GooseForCausalLM, backend: str | dict[str, str] = "gather"
     Args:
         backend: one of PRODUCTS, or {site or "layer.site": one of PRODUCTS}, where the more exact
             name counts and sites that are not named stay dense; {} leaves all of them dense.
-        head: `dense`, `int8`, or `spikes` where the student has an encoder head_in.
-        embeddings: `dense`, or `int8` for a fourth of their memory.
-        compiled: let torch.compile fuse the rest of a decoding step. Where it cannot, a warning
-            says so and `goose.blocks[0].compiled` is "".
+        head: `dense`, `int8`, `int4` (by the C++ kernel), or `spikes` where the student has an
+            encoder head_in.
+        embeddings: `dense`, or `int8` for a fourth of their memory, and none beside an int8 head.
+        compiled: the next token of one sequence is one C++ call; `without_step` says why not, and
+            is "" where it is. For others torch.compile fuses the rest of a decoding step; where
+            it cannot, a warning says so and `goose.blocks[0].compiled` is "".
     """
     on_cpu, copied = student.device.type == "cpu", copy.deepcopy(student).requires_grad_(False)
     encoders = {name: module for name, module in spike_modules(copied).items()
@@ -3940,8 +4477,10 @@ def sparsify(student: GooseForCausalLM, backend: str | dict[str, str] = "gather"
     _require("without_kernel" not in vars(student), "student", "a sparse copy", "its original")
     _require(bool(encoders) or backend == {}, "student", "one without spikes before its products",
              "one with encoders, as recipe v14.4-rates trains it")
-    heads = ["dense", "int8"] + ["spikes"] * ("head_in" in encoders)
-    _require(head in heads, "head", head, f"{', '.join(heads)} (spikes need the site head_in)")
+    four = head == "int4" and on_cpu and copied.config.d_model % 32 == 0 and not _load_kernel()
+    heads = ["dense", "int8"] + ["int4"] * four + ["spikes"] * ("head_in" in encoders)
+    _require(head in heads, "head", head, f"{', '.join(heads)} (spikes need the site head_in, int4 "
+             "the C++ kernel and a width that 32 divides)")
     _require(embeddings in ("dense", "int8"), "embeddings", embeddings, "dense, int8")
     sites = {name: name.split(".")["." in name] for name in encoders}  # mix_in of "0.mix_in.k"
     names = dict.fromkeys([*sites.values(), *sites], backend)
@@ -3964,14 +4503,18 @@ def sparsify(student: GooseForCausalLM, backend: str | dict[str, str] = "gather"
         copied.lm_head, copied.goose.head_in = nn.Sequential(), nn.Identity()
         copied.lm_head.encode = _SpikeEncode(encoders["head_in"])
         copied.lm_head.product = _SpikeLinear(folded, plan.get("head_in", "linear"))
-    _to_int8(copied, ["lm_head"] * (head == "int8"), ["goose.embeddings"] * (embeddings == "int8"))
-
-    def refuse(*_args: Any, **_kwargs: Any) -> None:
-        raise ValueError("a sparse copy cannot be saved: save the student it was made of.")
-
-    copied.save_pretrained, copied.without_kernel = refuse, ""
+    rows = on_cpu and head in ("int8", "int4") and not _load_kernel()
+    _to_int8(copied, ["lm_head"] * (head == "int8" and not rows),
+             ["goose.embeddings"] * (embeddings == "int8"))
+    if rows:
+        copied.float()
+        copied.lm_head = _Head(copied.lm_head.weight.detach(), head, copied.goose.embeddings)
+    copied.__class__, copied.without_kernel = _SparseStudent, ""
     if set(plan.values()) - {"linear"}:
         copied.without_kernel = _load_kernel() if on_cpu else "the C++ kernel is for the CPU"
+    copied.without_step = _Step.problem(copied) if compiled else "compiled is False"
+    if not copied.without_step:
+        copied.step = _Step(copied)
     if compiled:
         _compile_steps(copied)
     return copied.eval()

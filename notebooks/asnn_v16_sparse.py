@@ -59,7 +59,7 @@ student_run = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: th
 profile = None  # tiny (seconds), cpu, ref, t4: how much is measured; None: by hardware
 layers = None  # of the model whose speed is measured, width 768; None: 1 in profile tiny, else 5
 repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 9
-compiled = None  # also let torch.compile fuse the small operations; None: not in profile tiny
+compiled = None  # also measure compiled steps; None: not in profile tiny
 seed = 42
 run_name = None  # None: <version>-<run> of the student; a finished run is never overwritten
 
@@ -303,10 +303,12 @@ asnn.show_table([{"products": form, "PPL": f"{result.ppl:.4f}", "change": f"{cha
 # ## The whole model
 # Width 768, random weights, channels that fire as often as the student's: only speed is measured.
 # It is not the gated student, which is small and trained. `sparsify` takes one way for all sites,
-# or {site: way}, here for the feed-forward products alone. `dense int8` is torch.ao's.
+# or {site: way}, here for the feed-forward products alone. `dense int8` is torch.ao's. A compiled
+# step of `gather_int8` is one C++ call; other compiled steps are torch.compile's.
 
 # %%
-speedy = asnn.RECIPES["v14.4-sites"].replace(n_layer=layers)
+speedy = asnn.RECIPES["v14.4-sites"].replace(
+    n_layer=layers, spike_steps=loaded.recipe.spike_steps, decay=loaded.recipe.decay)
 large = asnn.random_student(speedy, 50257, site_density, seed)
 sample = torch.randint(0, 50257, (2, 32), generator=generator)
 rates = [rate for key, rate in asnn.firing_rates(large, sample).items() if "_" in key]
@@ -339,7 +341,7 @@ asnn.show_table([{
 print(f"medians of {3 * repeats} runs in turns, batch 1, {hardware} (measured{note})")
 
 # %% [markdown]
-# The largest costs of a token, dense and fastest sparse; then two ways to write to 12 states.
+# The largest costs of a token, dense and fastest sparse.
 
 # %%
 def profile_of(step, count=5):
@@ -358,14 +360,6 @@ def profile_of(step, count=5):
 fastest = max((key for key in speed if key.startswith("gather")), key=speed.get)
 profiles = {key: profile_of(steps[key]) for key in ("dense fp32", fastest)}
 asnn.show_table([{"system": key, **row} for key, rows in profiles.items() for row in rows])
-S, w = torch.randn(12, 64, 64), torch.rand(12, 64, 1)
-k, v = (random_spikes(12, 64, 0.4, generator) for _ in range(2))
-updates = asnn.time_interleaved({
-    "all rows": lambda: w * S + k.unsqueeze(-1) * v.unsqueeze(-2),
-    "rows where a key fired": lambda: (w * S).index_put(
-        (fired := k.nonzero(as_tuple=True)), k[fired].unsqueeze(-1) * v[fired[0]], True)}, repeats)
-print("writing to states, us: " + ", ".join(
-    f"{key} {timing.text(1e6, ',.0f')}" for key, timing in updates.items()))
 
 # %% [markdown]
 # ## Contract
@@ -397,7 +391,6 @@ run.save("sparse.json", {
     "surface, 3072 x 768": surface, "crossover, tokens": overtaken, "layers": layers,
     "quality": {form: result.to_dict() for form, result in quality.items()}, "profile": profiles,
     "decoding": {key: timing._asdict() for key, timing in decoding.items()},
-    "state update": {key: timing._asdict() for key, timing in updates.items()},
     "weights, bytes": weights, "parameters": large.num_parameters()})
 run.finish({"version": f"v16 of {loaded.metrics['version']}", "run": run.folder.name,
             "student": name, "gated": loaded.gated, "environment": env, "tokens/s": speed,

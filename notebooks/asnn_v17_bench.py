@@ -61,9 +61,9 @@ profile = None  # tiny (seconds), cpu, ref, t4: how much is measured; None: by h
 device_name = None  # "cpu" or "cuda", where there is no int8; None: cpu
 layers = None  # of the student whose speed is measured, width 768; None: 2 in profile tiny, else 5
 repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 20
-contexts = None  # tokens before the decoded one; None: [128, 512, 1000, 4096], fewer in tiny
+contexts = None  # tokens before the decoded one; None: [128, 512, 1000, 8192], fewer in tiny
 batches = None  # sequences decoded at once; None: [1, 2] in profile tiny, else [1, 4, 16, 64]
-compiled = None  # also let torch.compile fuse the students' small operations; None: not in tiny
+compiled = None  # also measure the students' compiled steps; None: not in profile tiny
 price_per_hour = 0.35  # dollars for an hour of the hardware that trained the student: an assumption
 seed = 42
 run_name = None  # None: <version>-<run> of the student; a finished run is never overwritten
@@ -73,7 +73,12 @@ run_name = None  # None: <version>-<run> of the student; a finished run is never
 # Its spikes are known to carry information (the gate of v15), or it is marked as ungated.
 
 # %%
+import importlib.util
+import json
 import math
+import shutil
+import subprocess
+import tempfile
 import time
 
 import matplotlib.pyplot as plt
@@ -91,7 +96,7 @@ on_cpu = device.type == "cpu"
 tiny = asnn.get_recipe("v14.4-sites", profile).profile == "tiny"
 compiled = (not tiny if compiled is None else compiled) and on_cpu
 layers, repeats = layers or (2 if tiny else 5), repeats or (3 if tiny else 20)
-contexts = sorted(contexts or ([16, 48] if tiny else [128, 512, 1000, 4096]))
+contexts = sorted(contexts or ([16, 48] if tiny else [128, 512, 1000, 8192]))
 batches = sorted(batches or ([1, 2] if tiny else [1, 4, 16, 64]))
 width, vocabulary, positions = (64, 512, 40) if tiny else (768, 50257, 1024)
 hardware = f"{env['cpu']}, {env['threads']} thread{'s' * (env['threads'] > 1)}"
@@ -109,7 +114,8 @@ print(f"channels that fire: {pd.Series(site_density).round(2).to_dict()} (measur
 # ## Systems
 # All with random weights. GPT-2 is what a student is made from; its int8 form (torch.ao, dynamic)
 # is what a user would try first; two others have as many layers as the student and its width. On a
-# GPU all weights are in half precision, and there is no int8.
+# GPU all weights are in half precision, and there is no int8. A compiled step of `gather_int8` is
+# one C++ call, for one sequence.
 
 # %%
 torch.manual_seed(seed)
@@ -119,7 +125,8 @@ gpt2, alike = (GPT2Config(n_layer=n, n_embd=width, n_head=max(1, width // 64), *
                           n_positions=positions) for n in (2 * layers if tiny else 12, layers))
 rwkv = RwkvConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width,
                   context_length=positions, **same)
-large = asnn.RECIPES["v14.4-sites"].replace(n_layer=layers, d_model=width)
+large = asnn.RECIPES["v14.4-sites"].replace(
+    n_layer=layers, d_model=width, spike_steps=loaded.recipe.spike_steps, decay=loaded.recipe.decay)
 spiking = asnn.random_student(large, vocabulary, site_density, seed)
 systems = {
     "GPT-2, eager": build(gpt2, attn_implementation="eager"), "GPT-2, SDPA": build(gpt2),
@@ -131,6 +138,7 @@ for model in systems.values() if not on_cpu else ():
     model.to(device, half)
 int8 = {"backend": "gather_int8", "head": "int8", "embeddings": "int8"}
 systems["student, gather"] = asnn.sparsify(spiking, "gather")
+four = on_cpu and not systems["student, gather"].without_kernel  # only the kernel reads int4
 for fuse in [False, True][:on_cpu + compiled]:
     forms = {"student, dense": asnn.sparsify(spiking, {}, compiled=fuse),
              "student, dense int8": asnn.quantize_int8(spiking, compiled=fuse),
@@ -276,7 +284,7 @@ print(f"medians of {repeats} runs in turns, context {middle}, {hardware}; two me
 # %% [markdown]
 # ## Contexts
 # The student's state has one size after any number of tokens. A transformer's cache grows with
-# each, and GPT-2 has no position beyond its last.
+# each, and GPT-2 has no position beyond its last. Memory includes what a step allocates.
 
 # %%
 def decoded(rows):
@@ -336,24 +344,6 @@ run.show(plot_lines(by_batch, "batch", lambda row: row["tokens/s"], ylabel="toke
                     title=f"decoding after {short} tokens, {hardware}",
                     xlabel="sequences decoded at once"), "batches")
 print(batch_sentence(by_batch, fastest, dense) + " (measured)")
-
-# %% [markdown]
-# ## Memory
-# Weights, state or cache, and what a step allocates, of one sequence after the longest context that
-# each system can hold.
-
-# %%
-def plot_memory(rows):
-    """Stacked bars of the last row of each system."""
-    sizes = {f"{key}\n({some[-1]['context']:,} tokens)": pd.Series(some[-1]["memory"]) / 2**20
-             for key, some in decoded(rows).items()}
-    frame = pd.DataFrame(sizes).T.rename(columns={"cache": "state or cache"})[::-1]
-    axes = frame.plot.barh(stacked=True, figsize=(7, 1 + 0.5 * len(frame)), xlabel="MiB",
-                           title="memory of one sequence")
-    return axes.figure
-
-
-run.show(plot_memory(by_context), "memory")
 
 # %% [markdown]
 # ## Operations
@@ -425,6 +415,76 @@ asnn.show_table([{
 print("estimated with fp32 operations in all rows: int8 saves more arithmetic than this table says")
 
 # %% [markdown]
+# ## Peers
+# llama.cpp is what one takes to decode fast on a CPU. Its `llama-bench`, on the path or where the
+# variable LLAMA_BENCH says, runs in turns with the student's C++ step: as many threads, the same
+# context, GPT-2 of two sizes. A step's limit is the time in which memory gives what it must read.
+
+# %%
+def write_gguf(path, model, kind):
+    """A GPT-2 for llama.cpp, its matrices in Q8_0 or Q4_0: for speed, 256 rows again and again."""
+    import gguf
+    c, file, quant = model.config, gguf.GGUFWriter(path, "gpt2"), gguf.GGMLQuantizationType[kind]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, c.n_layer)
+    for key, value in {"block_count": c.n_layer, "embedding_length": c.n_embd, "vocab_size":
+                       c.vocab_size, "feed_forward_length": 4 * c.n_embd, "context_length":
+                       c.n_positions, "attention.head_count": c.n_head}.items():
+        file.add_uint32(f"gpt2.{key}", value)
+    file.add_layer_norm_eps(1e-5)
+    file.add_tokenizer_model("none")
+    for key, value in model.state_dict().items():
+        x, kind = (value.t() if ".h." in key else value).contiguous().numpy(), None
+        if x.ndim == 2 and "wpe" not in key:
+            rows, kind = gguf.quants.quantize(x[:256], quant), quant
+            x = np.resize(rows, (len(x), rows.shape[1]))
+        file.add_tensor(names.get_name(key, (".weight", ".bias")), x, raw_dtype=kind)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def llama_rate(tool, path, context, threads):
+    """Tokens/s by llama-bench for up to 32 tokens, the last of them after `context`."""
+    time.sleep(0.3)  # until the threads that our calls left waiting have gone to sleep
+    n = min(32, context // 2)
+    done = subprocess.run([tool, "-m", path, *f"-p 0 -n {n} -d {context - n} -t {threads} -r 2 "
+                           "-o json".split()], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)[0]["avg_ts"]
+
+
+tool = os.environ.get("LLAMA_BENCH") or shutil.which("llama-bench")
+tool = tool if importlib.util.find_spec("gguf") else None
+full, files = asnn.random_student(large, vocabulary, dict.fromkeys(site_density, 1.0), seed), {}
+heads = {"student, int8 head": (spiking, "int8", operations),
+         "student, int4 head": (spiking, "int4", operations),
+         "all fire, int8 head": (full, "int8", asnn.operations(full))} if four else {}
+buffer, sample = torch.ones(2**19 if tiny else 2**26), torch.randint(0, vocabulary, (1, middle))
+calls = {key: asnn.Decoder(asnn.sparsify(model, **int8 | {"head": head}, compiled=True), sample)
+         for key, (model, head, _) in heads.items()}
+with tempfile.TemporaryDirectory() as here:
+    for key in ("GPT-2 of this size", "GPT-2, SDPA") if tool and four else ():
+        for kind in ("Q8_0", "Q4_0"):
+            files[f"llama.cpp, {key}, {kind}"] = path = f"{here}/{len(files)}"
+            write_gguf(path, systems[key], kind)
+    turns = pd.DataFrame([
+        {**{key: 1 / timing.median for key, timing in asnn.time_interleaved(
+            {"read": buffer.sum, **calls}, 1, 0.02 if tiny else 0.4).items()},
+         **{key: llama_rate(tool, path, middle, env["threads"]) for key, path in files.items()}}
+        for _ in tqdm(range(max(3, repeats // 2)), desc="peers", unit="round")])
+read = buffer.nbytes * turns.pop("read")
+limits = {key: (weights_read(rows) - width * vocabulary * (head == "int4") * 7 / 16) * turns[key]
+          / read for key, (_, head, rows) in heads.items()}  # int4: 144 bytes for 256 weights
+asnn.show_table([{
+    "system": key, "tokens/s (quartiles)": "{:,.0f} ({:,.0f} to {:,.0f})".format(
+        *turns[key].quantile([0.5, 0.25, 0.75])),
+    **{f"{one} over it": f"{(turns[one] / turns[key]).median():.2f}" for one in [*heads][:2]},
+    "of its limit": f"{limits[key].median():.0%}" if key in limits else "-"} for key in turns])
+print(f"{len(turns)} rounds, context {middle}; memory gives {read.median() / 1e9:.1f} GB/s to a "
+      "program that reads once (measured)" + "; no llama.cpp: build its llama-bench (github.com/"
+      "ggml-org/llama.cpp), name it in LLAMA_BENCH, pip install gguf" * (not tool))
+
+# %% [markdown]
 # ## Quality and speed of one network
 # Here both belong to the same network: the trained student and its teacher, which are small, on
 # their own task. The dense twin's gap is the student's over the ternary tax that v14.4 measured.
@@ -441,7 +501,7 @@ def plot_pareto(speed, gaps):
     """Gap over speed of networks that have both, and the line of those that no other beats."""
     points = {key: (speed[key], gap) for key, gap in gaps.items() if gap}
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (key, point), marker in zip(points.items(), "os^DvP"):
+    for (key, point), marker in zip(points.items(), "os^DvPX"):
         axes.plot(*point, marker, markersize=9, alpha=0.7, label=key)
     front = sorted(p for p in points.values() if not any(
         q[0] >= p[0] and q[1] <= p[1] and q != p for q in points.values()))
@@ -457,6 +517,8 @@ trained = {"teacher": task.teacher, "student, dense": student,
            "student, gather": asnn.sparsify(student, "gather"),
            "student, dense int8": asnn.quantize_int8(student),
            "student, gather_int8": asnn.sparsify(student, **int8)}
+if four and student.config.d_model % 32 == 0:
+    trained["student, int4 head"] = asnn.sparsify(student, **int8 | {"head": "int4"})
 scored = task.tokens["validation"][:(2048 if tiny else 10_240) + 1]
 quality = {key: asnn.evaluate(model, scored, loaded.recipe.seq_len, description=key)
            for key, model in trained.items()}
@@ -466,10 +528,12 @@ trained["dense twin"] = task.build_student(loaded.recipe.replace(spike_kind="den
 own = bench(trained, [loaded.recipe.seq_len // 2], [1], repeats, hardware)
 own_rate = {row["system"]: row["tokens/s"] for row in own}
 asnn.show_table([{"network": key, "tokens/s, on the CPU": f"{own_rate[key]:,.1f}",
-                  "gap": f"{gaps[key]:.3f}" if gaps[key] else "no tax was measured"}
+                  "gap": f"{gaps[key]:.4f}" if gaps[key] else "no tax was measured"}
                  for key in trained])
 print(f"{name}: PPL over the teacher's {quality['teacher'].ppl:.2f} on the same "
-      f"{quality['teacher'].tokens:,} validation tokens (measured)")
+      f"{quality['teacher'].tokens:,} validation tokens (measured)" + "".join(
+          f"; {key} costs {100 * (gap / gaps['student, dense'] - 1):+.2f} % of PPL"
+          for key, gap in gaps.items() if key.endswith(("_int8", "int4 head"))))
 hours = loaded.metrics["training"]["seconds"] / 3600
 halvings = math.log2(student.config.vocab_size / quality["student, dense"].ppl)
 cost = hours * price_per_hour
@@ -565,7 +629,7 @@ print("GPT-2 ends at its positions:", any("ends at" in row.get("status", "") for
 
 # %% [markdown]
 # ## Saved artefacts
-# `bench.json` holds every row, `bench.md` and `bench.tex` the tables for a README and a paper.
+# All rows and tables; of the full size beside llama.cpp also `outputs/reference/headline.json`.
 
 # %%
 rows = first + [row for row in by_context if row["context"] != middle] + by_batch
@@ -574,11 +638,28 @@ latex = table.style.hide(axis="index").format(escape="latex").format_index(escap
 run.save("bench.json", {"environment": asnn.environment(), "rows": rows})
 run.save("bench.md", table.to_markdown(index=False) + "\n")
 run.save("bench.tex", latex.to_latex(hrules=True))
+whole = {row["system"]: sum(row["memory"].values()) for row in first}
+ends = {row["context"]: row["decode"] for row in decoded(by_context)[fastest]}
+if tool and four and not tiny:
+    ours = turns["student, int8 head"]
+    claims = {f"over_llamacpp_{key}": ours / turns[f"llama.cpp, {other}"] for key, other in (
+        ("q8_same_size", "GPT-2 of this size, Q8_0"), ("q8_gpt2", "GPT-2, SDPA, Q8_0"),
+        ("q4_same_size", "GPT-2 of this size, Q4_0"))}
+    claims |= {"share_of_byte_limit": limits["student, int8 head"],
+               "skipping_alone": ours / turns["all fire, int8 head"],
+               "memory_mib": pd.Series([whole[fastest] / 2**20])}
+    if {128, 8192} <= set(ends):  # with the quartiles of both
+        claims["latency_8192_over_128"] = pd.Series([ends[8192][a] / ends[128][b] for a, b in (
+            ("low", "high"), ("median", "median"), ("high", "low"))])
+    run.headline("papermill notebooks/asnn_v17_bench.ipynb -", {
+        f"decode_{key}": {**dict(zip(("value", "low", "high"), rounds.quantile(
+            [0.5, 0.025, 0.975]).tolist())), "seeds": 1} for key, rounds in claims.items()})
 run.save("efficiency.json", {
     "student": name, "gate": loaded.gate, "gated": loaded.gated, "hardware": hardware,
     "context": middle, "fastest": fastest, "densities": site_density, "operations": operations,
     "joules, estimated": joules, "bytes read": {key: size for key, (_, size) in forms.items()},
     "gaps": gaps, "tokens/s of the trained networks": own_rate, "scale": scaled, "fits": fits,
+    "peers, tokens/s": turns.to_dict("list"),
     "two measurements apart, %": apart.tolist(), "hours": hours, "price per hour": price_per_hour})
 run.finish({"version": f"v17 of {loaded.metrics['version']}", "run": run.folder.name,
             "student": name, "gated": loaded.gated, "environment": env, "tokens/s": rate,
@@ -594,14 +675,13 @@ print("saved:", sorted(files & {path.name for path in run.folder.glob("*")}))
 # spikes: a kernel that reads memory well, int8 weights, skipped zeros. v16 takes them apart.
 
 # %%
-whole = {row["system"]: sum(row["memory"].values()) for row in first}
 others = [key for key in ("GPT-2, SDPA", "GPT-2, int8", "GPT-2 of this size", dense) if key in rate]
 print(f"The trained student {name} is {loaded.gate}. Speed is that of {layers} layers of width "
       f"{width} with random weights, context {middle}, {hardware} (measured):")
 print(f"{fastest} decodes {rate[fastest]:,.1f} tokens/s in {whole[fastest] / 2**20:,.0f} MiB: "
       + "; ".join(f"{rate[fastest] / rate[key]:.2f} times the speed and "
                   f"{whole[fastest] / whole[key]:.2f} of the memory of {key}" for key in others))
-ends = [row["decode"]["median"] for row in decoded(by_context)[fastest]]
-print(f"Its latency after {contexts[-1]:,} tokens is {ends[-1] / ends[0]:.2f} of that after "
+last, start = (ends[context]["median"] for context in (contexts[-1], contexts[0]))
+print(f"Its latency after {contexts[-1]:,} tokens is {last / start:.2f} of that after "
       f"{contexts[0]}. {batch_sentence(by_batch, fastest, dense)}.")
 print(f"Finished: v17 in {time.perf_counter() - begin:.0f} s; {os.path.relpath(run.folder)}")

@@ -3,6 +3,7 @@ import ast
 import copy
 import itertools
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -343,6 +344,32 @@ def test_a_table_has_seven_columns_and_every_value_with_its_unit():
         {"system": "GPT-2", "batch": 1, "context": 30, "tokens/s": "-", "memory, MiB": "-",
          "ms per step (quartiles)": "ends at 24 positions", "first token, ms (once)": "-"}]
     assert len(table[0]) == 7
+
+
+def test_a_gguf_file_holds_the_model(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=1, vocab_size=300))
+    for kind, bound in (("Q8_0", 0.01), ("Q4_0", 0.2)):
+        v17.write_gguf(str(tmp_path / kind), model, kind)
+        tensors = {t.name: t for t in gguf.GGUFReader(str(tmp_path / kind)).tensors}
+        assert len(tensors) == 5 + 2 * 12
+        up = tensors["blk.1.ffn_up.weight"]
+        found = gguf.quants.dequantize(up.data, up.tensor_type)
+        expected = model.transformer.h[1].mlp.c_fc.weight.detach().t().numpy()
+        assert up.tensor_type.name == kind and found.shape == expected.shape
+        assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
+
+
+def test_llama_bench_is_asked_for_the_same_context_and_threads(tmp_path):
+    tool = tmp_path / "llama-bench"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho \'[{{"avg_ts": 12.5}}]\'\n')
+    tool.chmod(0o755)
+    assert v17.llama_rate(str(tool), "a file", 512, 2) == 12.5
+    assert (tmp_path / "asked").read_text().split() == (
+        "-m a file -p 0 -n 32 -d 480 -t 2 -r 2 -o json".split())
+    tool.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        v17.llama_rate(str(tool), "a file", 16, 1)
 
 
 def test_agreement_is_of_what_both_have_on_the_same_hardware():

@@ -322,9 +322,10 @@ def test_int8_forms_are_near_the_student_and_smaller(ids):
     ({}, {"backend": {"mix_in": "auto"}}, "backend is 'auto'; allowed: linear, gather"),
     ({}, {"backend": {"mix_im": "gather"}}, "site is 'mix_im'; allowed: mix_in, mix_out, ffn_in"),
     ({}, {"backend": {"2.ffn_in": "gather"}}, "site is '2.ffn_in'; allowed: mix_in"),
-    ({}, {"head": "int4"}, "head is 'int4'; allowed: dense, int8, spikes"),
+    ({}, {"head": "int3"}, "head is 'int3'; allowed: dense, int8"),
     ({"spike_sites": ("k", "v", "mix_in")}, {"head": "spikes"},
-     "head is 'spikes'; allowed: dense, int8 (spikes need the site head_in)."),
+     "(spikes need the site head_in, int4 the C++ kernel and a width that 32 divides)."),
+    ({"d_model": 24}, {"head": "int4"}, "head is 'int4'; allowed: dense, int8, spikes (spikes"),
     ({}, {"embeddings": "int4"}, "embeddings is 'int4'; allowed: dense, int8.")])
 def test_bad_input_is_refused_in_one_sentence(options, arguments, message):
     with pytest.raises(ValueError) as refusal:
@@ -370,7 +371,7 @@ def traced(monkeypatch):
 
 
 @pytest.mark.parametrize("kind, plan", [
-    ("vector", {}), ("matrix", {"ffn_hidden": "gather"}), ("delta", "gather_int8")])
+    ("vector", {}), ("matrix", {"ffn_hidden": "gather"}), ("delta", "gather")])
 def test_a_compiled_step_is_the_plain_one_in_one_graph_for_all_layers(students, traced, kind, plan):
     ids = torch.randint(1, V, (1, 8))
     plain, compiled = (asnn.sparsify(students(kind), plan, compiled=c) for c in (False, True))
@@ -420,6 +421,147 @@ def test_without_a_compiler_nothing_is_called_compiled(students, monkeypatch):
     with pytest.warns(UserWarning, match="^not compiled: there is no C"):
         sparse = asnn.sparsify(students("vector"), compiled=True)
     assert not any(block.compiled for block in sparse.goose.blocks)
+
+
+# ---- the step in C++ -----------------------------------------------------------------------------
+
+
+STEPS = {"delta": {"projection_bias": True, "activation": "gelu_pytorch_tanh"},
+         "delta, counts": {"encoder_kind": "integer:3", "spike_kind": "integer:2",
+                           "spike_steps": 2},
+         "delta, binary": {"spike_kind": "binary", "granularity": "channel", "activation": "relu",
+                           "spike_steps": {"v": 2, "ffn_in": 2}},
+         "matrix": {"state_kind": "matrix", "threshold": "mixed_fixed"},
+         "matrix, v14.5": {"state_kind": "matrix", "threshold": "mixed_fixed", "spike_steps": 2,
+                           "decay": "token"},
+         "v14.5": {"spike_steps": 2, "decay": "token", "decay_rank": 5}}
+
+
+def same_states(a, b):
+    assert a.length == b.length and torch.equal(a.position, b.position)
+    for one, other in zip(a.layers, b.layers):
+        assert all(x.shape == y.shape for x, y in zip(one, other))
+        close(one.S, other.S)
+        close(one.shift, other.shift)
+
+
+def pair(student, *arguments):
+    """A sparse copy with products in Python, and one with the step in C++."""
+    plain, whole = (asnn.sparsify(student, "gather_int8", *arguments, compiled=c)
+                    for c in (False, True))
+    assert plain.without_step == "compiled is False" and whole.without_step == ""
+    return plain, whole
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The calls of the C++ step, as they are made."""
+    calls, call = [], asnn._Step.__call__
+    monkeypatch.setattr(asnn._Step, "__call__", lambda *a: calls.append(0) or call(*a))
+    return calls
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("head, table, sites", [
+    ("dense", "dense", asnn.SITES[:-1]), ("int8", "int8", asnn.SITES[:-1]),
+    ("int4", "int8", asnn.SITES[:-1]), ("spikes", "int8", asnn.SITES)])
+@torch.no_grad()
+def test_the_step_in_cpp_is_the_sparse_copy(gather_rows, threads, counted, kind, head, table,
+                                            sites):
+    student = build(**{"state_kind": "delta", "spike_sites": sites, **STEPS[kind]})
+    student.goose.blocks[0].ffn.ffn_hidden.alpha[::3] = 1e-3  # below what a threshold may be
+    plain, whole = pair(student, head, table)
+    ids = torch.randint(1, V, (1, 30))  # past the 24 positions
+    (expected, state), (got, after) = decode(plain, ids), decode(whole, ids)
+    assert len(counted) == 29  # the first token has no state
+    same_states(after, state)
+    # Rounding of the head's input, to 15 bits or to 8, may fall to either side of a tie.
+    assert error(got, expected) < (0.01 if head == "int4" else 1e-4)
+
+
+@torch.no_grad()
+def test_a_threshold_that_is_met_exactly_does_not_fire_in_cpp_either(gather_rows, counted):
+    """What stands before W_1 has the same size in all channels, so that every theta is met."""
+    student = build(state_kind="delta", n_layer=1, spike_sites=asnn.SITES[:-1])
+    block = student.goose.blocks[0]
+    block.ln_2.weight.zero_()
+    block.ln_2.bias.copy_(torch.where(torch.arange(D) % 3 == 0, -0.5, 0.5))
+    code, ids, seen = block.ffn.ffn_in, torch.randint(1, V, (1, 6)), []
+    code.centre.zero_()
+    for share in (1.0, 0.9):
+        code.alpha.fill_(share)
+        plain, whole = pair(student)
+        (expected, state), (got, after) = decode(plain, ids), decode(whole, ids)
+        close(got, expected)
+        same_states(after, state)
+        with asnn.spike_hooks(plain, lambda _name, s: seen.append(s.ne(0)), ["0.ffn_in"]):
+            plain(ids)
+    assert not seen[0].any() and seen[1].all() and len(counted) == 10
+
+
+@torch.no_grad()
+def test_what_is_no_single_token_goes_the_present_way(gather_rows, counted, ids):
+    student = build(state_kind="delta", spike_sites=asnn.SITES[:-1])
+    plain, whole = pair(student, "int8", "int8")
+    for block in whole.goose.blocks:
+        block.compiled = ""  # a batch would wait for torch.compile
+    state = plain(ids[:1], use_cache=True).state
+    wide = plain(ids, use_cache=True).state
+    one, many, mask = ids[:1, :1], ids[:, :1], torch.tensor([[1, 1], [0, 1], [1, 1]])
+    calls = [((many,), {"state": wide}), ((ids[:1, :3],), {"state": state}),
+             ((many,), {"state": wide, "attention_mask": mask}), ((one,), {}),
+             ((one,), {"state": state, "labels": one}),
+             ((one,), {"state": state, "output_hidden_states": True}),
+             ((), {"inputs_embeds": plain.goose.embeddings(one), "state": state})]
+    for arguments, words in calls:
+        close(whole(*arguments, **words).logits, plain(*arguments, **words).logits)
+    with torch.enable_grad():
+        whole(one, state=state)
+    with asnn.spike_hooks(whole, lambda _name, s: torch.zeros_like(s), ["0.ffn_hidden"]):
+        whole(one, state=state)
+    close(copy.deepcopy(whole)(one, state=state).logits, plain(one, state=state).logits)
+    assert not counted
+    close(whole(one, state=state).logits, plain(one, state=state).logits)
+    close(asnn.Decoder(whole, ids[:1])(), asnn.Decoder(plain, ids[:1])())
+    assert len(counted) == 2
+    with pytest.raises(IndexError, match="out of range"):
+        whole(one + V, state=state)
+
+
+def test_generate_gives_the_same_text_by_the_step_in_cpp(gather_rows, counted, ids):
+    words = {"max_new_tokens": 12, "pad_token_id": 0}
+    plain, whole = pair(build(state_kind="delta", spike_sites=asnn.SITES[:-1]), "int8", "int8")
+    expected = plain.generate(ids[:1], do_sample=False, **words)
+    assert torch.equal(whole.generate(ids[:1], do_sample=False, **words), expected)
+    assert len(counted) == 11
+
+
+@pytest.mark.parametrize("options, plan, why", [
+    ({"state_kind": "vector"}, "gather_int8", "state_kind matrix and delta"),
+    ({}, "gather", "gather_int8 at all sites"), ({"activation": "tanh"}, "gather_int8", "activa"),
+    ({"rotated_sites": ("ffn_in",)}, "gather_int8", "no rotation")])
+def test_where_there_is_no_step_in_cpp_a_sentence_says_why(gather_rows, options, plan, why):
+    half = asnn.sparsify(build(state_kind="delta").bfloat16(), "gather_int8", compiled=True)
+    assert "fp32" in half.without_step and half.step is None
+    sparse = asnn.sparsify(build(**{"state_kind": "delta", **options}), plan, compiled=True)
+    assert why in sparse.without_step and sparse.step is None
+    assert sparse.goose.blocks[0].compiled
+
+
+@pytest.mark.parametrize("kind, bound", [("int8", 0.01), ("int4", 0.11)])
+@torch.no_grad()
+def test_a_head_in_few_bits_is_near_the_dense_one(gather_rows, threads, kind, bound):
+    for size, n in ((1, 1), (50, 3), (131, 40)):
+        weight = torch.randn(size, 64) * torch.logspace(-2, 2, size).unsqueeze(1)
+        weight[size // 2] = 0.0
+        head = asnn._Head(weight, kind, None)
+        x = torch.randn(n, 1, 64) * torch.logspace(-3, 3, n).view(n, 1, 1)
+        got, expected = head(x), x @ weight.t()
+        assert got.shape == (n, 1, size)
+        norms = x.norm(dim=-1, keepdim=True) * weight.norm(dim=1)
+        assert (got - expected).norm() <= bound * norms.norm()
+    near = asnn._Head(torch.eye(64) * 8, kind, None)  # values that both kinds have exactly
+    assert error(near(torch.eye(64)), torch.eye(64) * 8) < 1e-4
 
 
 # ---- the page ------------------------------------------------------------------------------------
