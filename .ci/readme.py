@@ -1,7 +1,6 @@
-"""Write the tables of README.md and notebooks/LOG.md from outputs/reference/."""
+"""Write the README's tables from outputs/reference/."""
 import json
 import re
-import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,38 +79,17 @@ def bench(folder):
     return table(*cells)
 
 
-def dial(folder):
-    """What a configuration costs in perplexity and reads in weights; * where none is better in
-    both. The tax is over the dense twin of the same seed."""
-    runs = [json.loads(line) for line in (folder / "dial.jsonl").read_text().splitlines()]
-    dense = {run["seed"]: run["ppl"] for run in runs if run["row"] == "dense twin"}
-    found = {}
-    for run in runs:
-        found.setdefault((run["row"], run["levels"]), []).append(
-            (run["gap"], run["ppl"] / dense[run["seed"]], run["rows read"]))
-    means = {key: [statistics.mean(column) for column in zip(*row)] for key, row in found.items()}
-    rows = [["configuration", "levels", "rows read", "gap", "tax (range)", "seeds"]]
-    for (name, levels), (gap, tax, read) in sorted(means.items(), key=lambda item: -item[1][2]):
-        front = not any(other[0] < gap and other[2] < read for other in means.values())
-        taxes = [tax for _, tax, _ in found[name, levels]]
-        rows.append([name + " *" * front, levels, f"{100 * read:.0f} %", f"{gap:.3f}",
-                     f"{tax:.3f} ({min(taxes):.3f} to {max(taxes):.3f})", len(taxes)])
-    return table(*rows)
-
-
-def rendered(text, folder=ROOT / "outputs" / "reference",
-             makes=(results, gate, products, bench)):
-    """A page with its tables anew; ValueError where the marks of one are missing."""
-    for make in makes:
+def rendered(text, folder=ROOT / "outputs" / "reference"):
+    """The README with its tables anew; ValueError where the marks of one are missing."""
+    for make in (results, gate, products, bench):
         name = make.__name__
         marks = f"(<!-- {name}: make readme -->\n).*?(<!-- end of {name} -->)"
         text, n = re.subn(marks, lambda m: f"{m[1]}{make(folder)}\n{m[2]}", text, flags=re.DOTALL)
         if n != 1:
-            raise ValueError(f"the page has no place for {name}: it needs {marks}.")
+            raise ValueError(f"README.md has no place for {name}: it needs {marks}.")
     return text
 
 
 if __name__ == "__main__":
-    for path, made in (("README.md", {}), ("notebooks/LOG.md", {"makes": (dial,)})):
-        page = ROOT / path
-        page.write_text(rendered(page.read_text(encoding="utf-8"), **made), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(rendered(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -187,7 +187,8 @@ def test_what_a_run_claims_is_named_by_its_recipe(name, more, wanted):
 
 def test_headlines_are_kept_beside_the_runs_and_say_what_they_belong_to(tmp_path, monkeypatch):
     monkeypatch.setenv("ASNN_OUTPUTS", str(tmp_path))
-    run, row = asnn.Run.open("v14.5", "one", {}), {"value": 1.1, "low": 1.0, "high": 1.2, "seeds": 3}
+    run = asnn.Run.open("v14.5", "one", {})
+    row = {"value": 1.1, "low": 1.0, "high": 1.2, "seeds": 3}
     run.headline("first", {"tax_kv": row, "gap_600": row})
     run.headline("second", {"gap_600": {**row, "value": 1.3}})
     found = asnn._read_json(tmp_path / "reference" / "headline.json")
