@@ -2940,6 +2940,7 @@ KERNEL = r"""
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <bit>
+#include <numeric>
 #include <omp.h>
 #include <torch/library.h>
 #ifdef __AVX2__
@@ -3227,8 +3228,8 @@ static at::Tensor head(const at::Tensor& rows, const at::Tensor& scale, const at
 // ---- one token through all layers: numbers and pointers in the order in which `_Step` lists them
 struct Rows { const uint8_t* data; const float* bias; };  // (in, out + 8), (out)
 // A SpikeEncoder with its centre, a TernarySpike with its channel means; of the second train alpha
-// and height. What is not there is null.
-struct Site { const float *start, *alpha, *amplitude, *again[2]; };
+// and height; `turned` where its input is rotated. What is not there is null.
+struct Site { const float *start, *alpha, *amplitude, *again[2], *turned; };
 struct Layer {
   const float *ln_1[2], *ln_2[2], *norm[2], *decay, *decay_out, *mix[4];
   Site key, value, in[4], mix_out, ffn_in, ffn_hidden;
@@ -3244,6 +3245,16 @@ struct Model {
 static inline float sigmoid(float x) {
   const float e = decay_exp(std::abs(x));
   return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+static int64_t block_of(int64_t n) { return std::gcd(n, int64_t{128}); }
+static void rotate(float* x, int64_t n, int64_t block) {  // as _rotate: n is whole blocks
+  for (int64_t lag = 1; lag < block; lag *= 2)
+    for (int64_t i = 0; i < n; i += 2 * lag)
+      for (int64_t j = i; j < i + lag; ++j) {
+        const float a = x[j], b = x[j + lag];
+        x[j] = a + b, x[j + lag] = a - b;
+      }
+  for (int64_t i = 0; i < n; ++i) x[i] /= std::sqrt(static_cast<float>(block));
 }
 static void layer_norm(const float* x, const float* const* by, int64_t n, float eps, float* y) {
   float mean = 0, square = 0;
@@ -3330,7 +3341,8 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
   const int64_t T = omp_get_num_threads(), me = omp_get_thread_num(), D = m.D, F = m.F,
     H = m.heads, N = D / H, R = m.rank, wide = std::max(D, F);
   auto from = [&](int64_t n, int64_t part) { return n * part / T; };
-  std::vector<float> x(D), y(D), z(wide), k(D), v(D), r(D), gate(D), beta(H), low(R), decay(D);
+  std::vector<float> x(D), y(D), z(wide), k(D), v(D), r(D), gate(D), beta(H), low(R), decay(D),
+    turned(D);
   Code code(wide);
   std::vector<Event> events(wide + AHEAD + 4);
   float *mine = a.parts + me * a.stride, scale[4], eps = *m.eps;
@@ -3353,6 +3365,11 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
     close(events.data(), count);
   };
   auto encode = [&](const float* z, const Site& site) {
+    if (site.turned) {
+      std::copy_n(z, D, turned.data());
+      rotate(turned.data(), D, block_of(D));
+      z = turned.data();
+    }
     const float mean = deviation(z, site.start, 0, D) / D;
     fire_at(z, site, mean, from(D, me), from(D, me + 1));
     return mean;
@@ -3410,9 +3427,11 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
     scale[0] = encode(y.data(), l.ffn_in);
     gather(l.up, F, 5 * D + H);
 #pragma omp barrier
-    const int64_t begin = from(F, me), end = from(F, me + 1);
+    const int64_t block = block_of(F);  // which no two threads share
+    const int64_t begin = from(F / block, me) * block, end = from(F / block, me + 1) * block;
     collect(l.up, scale[0], 5 * D + H, begin, end, z.data());
     activate(m.activation, &z[begin], end - begin);
+    if (l.ffn_hidden.turned) rotate(&z[begin], end - begin, block);
     a.deviations[me] = deviation(z.data(), l.ffn_hidden.start, begin, end);
 #pragma omp barrier
     scale[0] = std::accumulate(a.deviations, a.deviations + T, 0.0f) / F;
@@ -4378,8 +4397,6 @@ class _Step:
         if any(type(m) is nn.Linear and m not in dense
                or getattr(m, "backend", "gather_int8") != "gather_int8" for m in blocks):
             return "the step in C++ needs gather_int8 at all sites of the layers"
-        if any(getattr(m, "rotated", False) for m in blocks):
-            return "the step in C++ knows no rotation"
         if model.config.activation not in _Step.ACTIVATIONS:
             return f"the step in C++ knows the activations {', '.join(_Step.ACTIVATIONS)}"
         if model.dtype is not torch.float32:
@@ -4392,9 +4409,10 @@ class _Step:
 
         def site(one: _Site, start: Tensor | None) -> list[Tensor | None]:
             alpha = one.threshold() if isinstance(one, SpikeEncoder) else one.alpha.abs()
-            found = [start, alpha, one.amplitude, None, None]
+            turned = alpha if getattr(one, "rotated", False) else None
+            found = [start, alpha, one.amplitude, None, None, turned]
             if one.second is not None:
-                found[3:] = one.residual_alpha.abs(), one.residual_height
+                found[3:5] = one.residual_alpha.abs(), one.residual_height
             return [x.expand(D) if x is not None and len(x) == 1 else x for x in found]
 
         held = [x for norm in (block.ln_1, block.ln_2, mix.norm) for x in (norm.weight, norm.bias)]

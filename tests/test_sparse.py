@@ -434,7 +434,8 @@ STEPS = {"delta": {"projection_bias": True, "activation": "gelu_pytorch_tanh"},
          "matrix": {"state_kind": "matrix", "threshold": "mixed_fixed"},
          "matrix, v14.5": {"state_kind": "matrix", "threshold": "mixed_fixed", "spike_steps": 2,
                            "decay": "token"},
-         "v14.5": {"spike_steps": 2, "decay": "token", "decay_rank": 5}}
+         "v14.5": {"spike_steps": 2, "decay": "token", "decay_rank": 5,
+                   "rotated_sites": asnn.SITES[2:-1]}}
 
 
 def same_states(a, b):
@@ -538,8 +539,7 @@ def test_generate_gives_the_same_text_by_the_step_in_cpp(gather_rows, counted, i
 
 @pytest.mark.parametrize("options, plan, why", [
     ({"state_kind": "vector"}, "gather_int8", "state_kind matrix and delta"),
-    ({}, "gather", "gather_int8 at all sites"), ({"activation": "tanh"}, "gather_int8", "activa"),
-    ({"rotated_sites": ("ffn_in",)}, "gather_int8", "no rotation")])
+    ({}, "gather", "gather_int8 at all sites"), ({"activation": "tanh"}, "gather_int8", "activa")])
 def test_where_there_is_no_step_in_cpp_a_sentence_says_why(gather_rows, options, plan, why):
     half = asnn.sparsify(build(state_kind="delta").bfloat16(), "gather_int8", compiled=True)
     assert "fp32" in half.without_step and half.step is None
