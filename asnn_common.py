@@ -2329,7 +2329,8 @@ def _history() -> dict[str, Recipe]:
     add("v14.4-rates", "v14.4-sites", "v14.4-sites with the firing rates of all channels held in "
         "[0.22, 0.57]", rate_weight=10.0)
     add("v14.5", "v14.4-rates", "v14.4-rates with a second train of spikes on what the first left, "
-        "at every site, and decays that depend on the token", spike_steps=2, decay="token")
+        "at every site, heavy-tailed inputs rotated, and decays that depend on the token",
+        spike_steps=2, decay="token", rotated_sites=("mix_out", "ffn_hidden"))
     add("v14.4-vector", "v14.4", "v14.4 with the founders' vector state", state_kind="vector")
     # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours.
     add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 7 to 11 hours",
