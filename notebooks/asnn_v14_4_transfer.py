@@ -551,7 +551,7 @@ def headlines(recipe, metrics, steps, one):
 
 if recipe.profile == "ref" and taxes and tax_steps == recipe.distill_steps:
     command = ("papermill notebooks/asnn_v14_4_transfer.ipynb - -p profile ref -p recipe "
-               f"{recipe.name} -p recall_share {recipe.recall_share} -p steps {tax_steps}")
+               f"{recipe.name} -p recall_share {recipe.recall_share} -p tax_seeds {len(taxes)}")
     found = headlines(recipe, metrics, tax_steps, "student")
     run.headline(command, found)
     asnn.show_table([{"name": name, **row} for name, row in found.items()])
