@@ -23,14 +23,14 @@
 #
 # **Needs** `asnn_common.py` and, on a GPU, WikiText-2 and GPT-2 (from the hub or attached).
 # A T4 takes about 150 minutes and 9 GB (an estimate), two CPU cores six minutes and 2 GB.
-# *Run All* needs no editing. The last line you should see begins with `Finished: v14.4-rates`.
+# *Run All* needs no editing. The last line you should see begins with `Finished: v14.5`.
 #
 # v14.3 takes only the embeddings from its teacher, and a channel remembers one number. Here a layer
 # has the matrices of a GPT-2 layer and starts from their weights. The memory of a head is a matrix,
 # written by the delta rule: a ternary key chooses rows, and what is added is the ternary value less
 # what the rows hold. Matrices are trained with Muon. Spikes stand before every product with
-# weights, at firing rates that are held in a band. A dense twin, the same student without spikes,
-# is trained over three seeds: what the spikes cost is measured, not assumed.
+# weights, a second train on what the first left, at rates that are held in a band. A dense twin,
+# the same student without spikes, is trained over three seeds: what spikes cost is measured.
 
 # %% tags=["bootstrap"]
 import os
@@ -55,7 +55,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 # The only cell to edit. `None` means: as the recipe and the profile say.
 
 # %% tags=["parameters"]
-recipe = "v14.4-rates"  # v14.5 (two trains), v14.4-sites (rates free), v14.4 (k, v), v14.4-t4 ...
+recipe = "v14.5"  # v14.4-rates (one train), v14.4-sites (rates free), v14.4 (k, v), v14.4-t4 ...
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: by hardware
 corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with {train,validation,test}.txt
 teacher_name = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)

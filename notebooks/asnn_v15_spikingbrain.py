@@ -54,7 +54,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 # The only cell to edit. `None` means: the newest student, and what its run and its size call for.
 
 # %% tags=["parameters"]
-student_run = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest
+student_run = None  # "v14.5/cpu-seed42", the folder of a run, or None: the newest
 corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder; None: that of the student's run
 teacher_name = None  # a hub id or a folder; None: that of the student's run
 tokens = None  # validation tokens that are judged; None: 4,096 in profile tiny, else 20,480

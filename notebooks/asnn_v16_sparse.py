@@ -55,7 +55,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 # the profile says.
 
 # %% tags=["parameters"]
-student_run = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest that fits
+student_run = None  # "v14.5/cpu-seed42", the folder of a run, or None: the newest that fits
 profile = None  # tiny (seconds), cpu, ref, t4: how much is measured; None: by hardware
 layers = None  # of the model whose speed is measured, width 768; None: 1 in profile tiny, else 5
 repeats = None  # interleaved measurements of each case; None: 3 in profile tiny, else 9

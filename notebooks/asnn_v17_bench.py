@@ -56,7 +56,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 # The only cell to edit. `None` means: what the profile and the hardware say.
 
 # %% tags=["parameters"]
-student_run = None  # "v14.4-rates/cpu-seed42", the folder of a run, or None: the newest that fits
+student_run = None  # "v14.5/cpu-seed42", the folder of a run, or None: the newest that fits
 profile = None  # tiny (seconds), cpu, ref, t4: how much is measured; None: by hardware
 device_name = None  # "cpu" or "cuda", where there is no int8; None: cpu
 layers = None  # of the student whose speed is measured, width 768; None: 2 in profile tiny, else 5

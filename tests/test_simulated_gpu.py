@@ -46,7 +46,7 @@ asnn.PROFILES["tiny"] |= {
 
 TRAINING = """
 import math, torch
-task = asnn.load_task(asnn.get_recipe("v14.4-rates", "tiny", distill_steps=3, align_steps=1))
+task = asnn.load_task(asnn.get_recipe("v14.5", "tiny", distill_steps=3, align_steps=1))
 
 
 class Scaled(asnn.DistillationTrainer):  # a GradScaler that starts at 65536 skips all three steps
@@ -106,9 +106,9 @@ def test_the_gpu_branches_of_v14_4_and_v17(simulated):
         names = {"__name__": "__main__", "__file__": str(path)}
         code += f"exec(compile({source!r}, {str(path)!r}, 'exec'), {names})\n"
     out, outputs = simulated(code)
-    first, second = out.split("Finished: v14.4-rates")
+    first, second = out.split("Finished: v14.5")
     assert "float16" not in first
-    (metrics,) = outputs.glob("v14.4-rates/*/metrics.json")
+    (metrics,) = outputs.glob("v14.5/*/metrics.json")
     metrics = json.loads(metrics.read_text())
     assert metrics["environment"]["device"] == "cuda:0"
     assert metrics["training"]["precision"] == "fp16"  # of a T4
