@@ -4582,7 +4582,7 @@ def random_student(recipe: Recipe, vocab_size: int, rates: dict[str, float],
                 module.residual_alpha.fill_(RESIDUAL_ALPHA)
                 least /= RESIDUAL_ALPHA
             module.alpha.fill_(least)
-            module.amplitude.clamp_(max=8 * least)  # or `threshold` would not be this low
+            module.amplitude.clamp_(max=8 * max(least, 1e-3))  # for `threshold` to be as low
     _calibrate(student, torch.randint(0, vocab_size, (2, 32)), fire)
     return student
 

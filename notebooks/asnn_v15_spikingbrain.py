@@ -492,6 +492,7 @@ def with_mixed_threshold(student, ids, band=asnn.RATE_BAND):
         goal = torch.stack([column.quantile(1 - rate) for column, rate in zip(x.t(), rates[name])])
         if encoder:  # its threshold is that of token and channel already
             module.alpha.copy_(goal.clamp_min(1e-6))
+            module.amplitude.copy_(module.amplitude.minimum(8 * module.alpha))  # see `threshold`
         else:
             alpha = module.alpha.abs().clamp_min(1e-6)
             module.channel_mean.copy_((goal.clamp_min(1e-6) / alpha).square())
