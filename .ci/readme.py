@@ -59,7 +59,7 @@ def products(folder):
                for n in names)] for row in found["products"]]
     steps = [["student", "ms per token (quartiles)", "times dense fp32", "times dense int8", "MiB"]]
     times = found["decoding"]
-    base, int8 = (times[name]["median"] for name in ("dense fp32", "dense int8 (torch.ao)"))
+    base, int8 = (times[name]["median"] for name in ("dense fp32", "dense int8"))
     for name, t in times.items():
         steps.append([name, timing(t), f"{base / t['median']:.2f}", f"{int8 / t['median']:.2f}",
                       f"{found['weights, bytes'][name] / 2**20:.0f}"])
