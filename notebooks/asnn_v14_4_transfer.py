@@ -22,7 +22,7 @@
 # src="https://colab.research.google.com/assets/colab-badge.svg"></a>
 #
 # **Needs** `asnn_common.py` and, on a GPU, WikiText-2 and GPT-2 (from the hub or attached).
-# A T4 takes about 150 minutes and 9 GB (an estimate), two CPU cores six minutes and 2 GB.
+# A T4 takes about 150 minutes and 9 GB (an estimate), two busy CPU cores 27 minutes, 2 GB.
 # *Run All* needs no editing. The last line you should see begins with `Finished: v14.5`.
 #
 # v14.3 takes only the embeddings from its teacher, and a channel remembers one number. Here a layer

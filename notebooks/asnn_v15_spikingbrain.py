@@ -22,7 +22,7 @@
 # src="https://colab.research.google.com/assets/colab-badge.svg"></a>
 #
 # **Needs** `asnn_common.py` and a student that a distillation page left, here or attached.
-# A T4 takes about 15 minutes and 6 GB (an estimate), two CPU cores four minutes and 2 GB.
+# A T4 takes about 15 minutes and 6 GB (an estimate), two CPU cores 13 minutes and 3 GB.
 # *Run All* needs no editing. The last line you should see begins with `Finished: the gate of`.
 #
 # A student can reach a low perplexity while its spikes are noise that the rest of it has learned

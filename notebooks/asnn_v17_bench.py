@@ -23,7 +23,7 @@
 #
 # **Needs** `asnn_common.py`, outputs of v14.4, and of v15, whose gate it reads. The CPU is measured
 # unless you choose the GPU: about six minutes and 5 GB on Kaggle or Colab (an estimate),
-# seven minutes and 5 GB on two CPU cores.
+# ten minutes and 7 GB on two CPU cores.
 # *Run All* needs no editing. The last line you should see begins with `Finished: v17`.
 #
 # A user has other choices than a spiking student: GPT-2, GPT-2 in int8, a smaller GPT-2, another
