@@ -418,10 +418,14 @@ class SpikeEncoder(_Site):
         zero the gradients of one channel grow until clipping leaves nothing of all others."""
         return torch.maximum(self.alpha.float().abs(), self.amplitude.detach().float().abs() / 8)
 
+    def _deviation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), rotated where that is asked for, less its centre; its scale (B, T, 1)."""
+        x = (_rotate(x) if self.rotated else x) - self.centre.to(x.dtype)
+        return x, x.float().abs().mean(-1, keepdim=True)
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The code (B, T, C) and the scale (B, T, 1) of x (B, T, C)."""
-        x = (_rotate(x) if self.rotated else x) - self.centre.to(x.dtype)
-        scale = x.float().abs().mean(-1, keepdim=True)
+        x, scale = self._deviation(x)
         theta = self.threshold() * scale.detach()
         return self.code(x, theta, self.amplitude * scale), scale
 
@@ -430,11 +434,11 @@ class SpikeEncoder(_Site):
         if self.kind == "dense":
             return self.spikes(x)
         if self.fast is not None and self.training and x.dtype == torch.float32:
-            deviation = (_rotate(x) if self.rotated else x) - self.centre
-            coded = self.centre + self.fast(deviation, deviation.abs().mean(-1, keepdim=True))
+            coded = self.fast(*self._deviation(x))
         else:
             spikes, scale = self.encode(x)
-            coded = self.centre.to(x.dtype) + (self.amplitude * scale).to(x.dtype) * spikes
+            coded = (self.amplitude * scale).to(x.dtype) * spikes
+        coded = self.centre.to(x.dtype) + coded
         coded = _rotate(coded) if self.rotated else coded
         if self.training and self.blend < 1:
             coded = x + self.blend * (coded - x)
@@ -1503,7 +1507,7 @@ class _SpikeWatch(contextlib.ExitStack):
                 scale: Tensor) -> Tensor:
         heights = [site.threshold(), site.amplitude]
         if site.second is not None:
-            heights += site.residual_alpha, site.residual_height
+            heights += site.residual_alpha.abs(), site.residual_height
         coded, rates = encode(x, scale, *heights)
         self.rates.update(zip((name, f"{name}.2")[:len(heights) // 2], rates))
         return coded
@@ -3558,29 +3562,25 @@ class _EncodeFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, *heights):
-        signed = torch.stack(heights)  # (2 or 4, C); thresholds are reflected at zero
-        rows = torch.where(torch.arange(len(heights))[:, None] % 2 == 0, signed.abs(), signed)
-        ctx.save_for_backward(x, scale, rows, signed)
+        rows = torch.stack(heights)  # (2 or 4, C)
+        ctx.save_for_backward(x, scale, rows)
         return torch.ops.asnn_goose.encode(x, scale, rows)
 
     @staticmethod
     def backward(ctx, grad, rate):
-        x, scale, rows, signed = ctx.saved_tensors
+        x, scale, rows = ctx.saved_tensors
         rate = (rate / (x.numel() // x.shape[-1])).contiguous()
         dx, dscale, sums = torch.ops.asnn_goose.encode_backward(
             x, scale, rows, grad.contiguous(), rate)
-        sums = sums[:len(rows)] * torch.where(rows == signed, 1.0, signed.sign())
-        return dx, dscale, *sums
+        return dx, dscale, *sums[:len(rows)]
 
 
 def _encode_fast(x: Tensor, scale: Tensor, *heights: Tensor) -> tuple[Tensor, Tensor]:
     """amplitude * scale * s of a SpikeEncoder (ternary, clipped, fp32, on a CPU) and the rates
     (2, C) of its trains as _SpikeWatch counts them, 0 for one that is not there: x (B, T, C) less
-    its centre, scale (B, T, 1), `heights` alpha, amplitude, residual_alpha, residual_height, the
-    last two only where there is a second train. The reference is SpikeEncoder.encode."""
+    its centre, scale (B, T, 1), `heights` threshold, amplitude, |residual_alpha|, residual_height,
+    the last two only where there is a second train. The reference is SpikeEncoder.encode."""
     return _EncodeFunction.apply(x.contiguous(), scale, *heights)
-
-
 
 
 @torch.no_grad()
