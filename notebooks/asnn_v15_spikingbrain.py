@@ -123,8 +123,8 @@ def constructed(hidden, n_layer, seed):
     random, derived = torch.Generator().manual_seed(seed), {}
     for i in range(n_layer):
         x = hidden[-(-(i + 1) * len(hidden) // n_layer) - 1]
-        x = (x - x.mean((0, 1))) / x.std((0, 1)).clamp_min(1e-6)
-        made = asnn.ternary_spike(x, 0.77 * x.abs().mean(-1, keepdim=True))
+        x = x - x.mean((0, 1))
+        made = asnn.ternary_spike(x, x.abs().flatten(0, 1).median(0).values)  # half of them fire
         derived.update({f"{i}.k": made, f"{i}.v": made})
     changes = {"from the teacher": torch.clone, "all dead": torch.zeros_like,
                "noise": lambda s: 0.6 * torch.randn(s.shape, generator=random),
@@ -208,12 +208,13 @@ def heat_map(axis, texts, shades, rows, columns, **look):
 
 
 def plot_gate(result):
-    """Sites and metrics: numbers are values, colours the share used of what the gate allows."""
+    """Values by site and metric, in brackets where unjudged; colours: the share of the limit."""
     names, gates = list(asnn.GATE)[:5], [
         result._replace(sites={site: row}).gate["metrics"] for site, row in result.sites.items()]
-    values = np.array([[gate[name]["value"] for name in names] for gate in gates])
-    texts = [[f"{gate[name]['value']:.3f}" + " FAIL" * (not gate[name]["pass"]) for name in names]
-             for gate in gates]
+    values = np.array([[row[name] for name in names] for row in result.sites.values()])
+    texts = [[f"{value:.3f}" + " FAIL" * (not gate[name]["pass"]) if name in gate
+              else f"({value:.3f})" for name, value in zip(names, row)]
+             for row, gate in zip(values, gates)]
     low, high = asnn.GATE["firing rate"]
     used = values / [high if name == "firing rate" else asnn.GATE[name] for name in names]
     used[:, 2] = abs(2 * values[:, 2] - low - high) / (high - low)
@@ -234,8 +235,8 @@ print(f"{first.meta['tokens']:,} tokens; gate: {first.gate['verdict']}")
 # %% [markdown]
 # ## Health
 # How often each channel fires, by site; the grey band is where the mean has to lie. A site's second
-# train, on what its first left, is judged as a site of its own, named `.2`. Channels of a rotated
-# site are mixtures of the model's, in health, information and CKA alike.
+# train, on what its first left, is named `.2` and has to be as healthy; information and CKA are
+# judged for the site, whose weights read both. Channels of a rotated site are mixtures.
 
 # %%
 def kinds_of(sites):
@@ -317,15 +318,14 @@ bare, seconds, table = validator.record(untrained, teacher, loader)[0], {}, []
 kernels = {(t, standard): validator.cka.kernels(h[:, 1:].to(env["device"]), standard)
            for t, h in hidden.items() for standard in (True, False)}
 for site, row in tqdm(first.sites.items(), "second opinions", unit="site", leave=False):
-    t = first.meta["layer_of"][site]
+    t, cka = first.meta["layer_of"][site], validator.cka
     seconds[site] = second_opinions(spikes[site][:, 1:], hidden[t][:, 1:])
-    seconds[site]["CKA, raw, untrained"] = [float(validator.cka.compare(
-        fired[site][:, 1:].to(env["device"]), {t: kernels[t, standard]}, t)["CKA"])
+    seconds[site]["CKA, raw, untrained"] = [float(cka.compare(
+        cka.code(fired, site)[:, 1:].to(env["device"]), {t: kernels[t, standard]}, t)["CKA"])
         for fired, standard in ((spikes, False), (bare, True))]
-    pairs = {"MI, bits": [row[f"mutual information{null}"] for null in ("", " null")],
-             **seconds[site]}
+    bits = [row[f"mutual information{null}"] for null in ("", " null")]
     table.append({"site": site, **{name: "{:.3f} ({:.3f})".format(*pair)
-                                   for name, pair in pairs.items()}})
+                                   for name, pair in {"MI, bits": bits, **seconds[site]}.items()}})
 run.show(plot_says(first, seconds), "information-and-cka")
 asnn.show_table(table)
 del hidden, sample, kernels, bare, untrained, made  # of gigabytes at full size

@@ -452,6 +452,35 @@ def test_a_map_with_layers_that_there_are_not_is_refused(hidden):
 # ---- recording and validating --------------------------------------------------------------------
 
 
+def test_a_second_train_has_to_be_healthy_and_the_site_tells_what_its_first_train_tells(hidden):
+    x = hidden[1] / hidden[1].abs().mean(-1, keepdim=True)
+    two = {"0.k": plain(hidden[1]), "0.k.2": ternary(torch.randn(W, T, WIDTH))}
+    result = judge(two, hidden)
+    assert result.summary["verdict"] == "passed" and result.sites["0.k.2"]["CKA"] < 0.1
+    counts = {name: metric["sites"] for name, metric in result.gate["metrics"].items()}
+    assert list(counts.values()) == [2, 2, 2, 1, 1]
+    cka = asnn.RepresentationAnalyzer()
+    whole = cka.compare((3 * two["0.k"] + two["0.k.2"])[:, 1:],
+                        {1: cka.kernels(hidden[1][:, 1:])}, 1)["CKA"]
+    assert result.sites["0.k"]["CKA"] == pytest.approx(whole) and asnn.GATE["CKA"] < whole
+    better = judge({**two, "0.k.2": ternary(x - 1.6 * two["0.k"], 0.3)}, hidden)  # what is left
+    assert better.sites["0.k"]["CKA"] > judge({"0.k": two["0.k"]}, hidden).sites["0.k"]["CKA"]
+    texts = [text.get_text() for text in page.plot_gate(result).axes[0].texts]
+    assert texts[8:] == [f"({result.sites['0.k.2'][name]:.3f})" for name in METRICS[3:]]
+    assert judge({**two, "0.k.2": 0 * two["0.k"]}, hidden).summary["failed"] == [
+        "dead channels", "firing rate"]
+    swapped = {"0.k": two["0.k.2"], "0.k.2": two["0.k"]}
+    assert "mutual information" in judge(swapped, hidden).summary["failed"]
+
+
+def test_spikes_made_of_a_teacher_pass_whatever_its_states_look_like(hidden):
+    two_peaks = {t: h.sign() + 0.1 * h for t, h in hidden.items()}  # mean and spread say little
+    made = page.constructed(two_peaks, 2, 0)
+    assert (made["from the teacher"]["1.k"] != 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    verdicts = [judge(spikes, two_peaks).gate["verdict"] for spikes in made.values()]
+    assert verdicts == ["passed"] + ["failed"] * 5
+
+
 @pytest.fixture
 def batches(tokens):
     """Eight batches of four windows, (4, 16) each."""
