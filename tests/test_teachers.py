@@ -1,0 +1,151 @@
+"""Teachers of four architectures, known by names, folders or a package, and the corpora that go
+with them: what is taken of their weights, and that everything works on their students."""
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from test_transfer import goose, silence
+
+import asnn_common as asnn
+
+V, D, LAYERS = 96, 32, 4
+SHAPE = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+         "intermediate_size": 40, "max_position_embeddings": 64, "bos_token_id": 0,
+         "eos_token_id": 0}
+LLAMA = {**SHAPE, "num_key_value_heads": 2, "tie_word_embeddings": True}
+FAMILIES = {
+    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config, {
+        "vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": 4, "n_positions": 64,
+        "n_inner": 40, "bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0}),
+    "llama": (tf.LlamaForCausalLM, tf.LlamaConfig, LLAMA),
+    # Twice as wide as the model, as in Qwen3-0.6B.
+    "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config, {**LLAMA, "head_dim": 16, "rms_norm_eps": 1e-6}),
+    "gpt_neox": (tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig, SHAPE)}
+ALL = pytest.mark.parametrize("kind", FAMILIES)
+
+
+def build(kind, **changes):
+    """A teacher with no parameter at its start value."""
+    torch.manual_seed(1)
+    model, config, values = FAMILIES[kind]
+    made = model(config(**{**values, **changes})).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return made
+
+
+def layers(teacher):
+    return asnn._blocks(teacher)
+
+
+def recipe_for(teacher, name="v14.5", **overrides):
+    values = {"d_model": D, "n_layer": 2, "head_dim": 8, "seq_len": 16, "batch_size": 8,
+              "decay_rank": 4, "distill_steps": 24, "align_steps": 20, "layer_map": ((0, 1), (1, 3)),
+              "eval_every": 100, "precision": "fp32", "lr": 4e-3, "matrix_lr": 1e-2}
+    recipe = asnn.RECIPES[name].replace(**{**values, **overrides})
+    return asnn._match_teacher(recipe, teacher, "tiny")[0]
+
+
+def task_for(teacher, **overrides):
+    words = torch.arange(4000) % 7 + torch.randint(0, 3, (4000,))
+    ids = dict.fromkeys(asnn.SPLITS, words.numpy().astype("uint16"))
+    return asnn.Task(recipe_for(teacher, **overrides), [], None, {}, ids, teacher, None, "tiny", {})
+
+
+@ALL
+def test_without_recurrence_a_student_is_its_teacher_without_attention(kind):
+    """So that norms, feed-forward blocks, positions and head are where they belong."""
+    teacher = build(kind)
+    student = goose(**asnn._architecture(teacher), vocab_size=V, d_model=D, n_positions=16)
+    table = asnn.transfer_weights(student, teacher)
+    assert [row for row in table if "no" in row["transferred"] and ("ffn" in row["student"] and (
+        "weight" in row["student"] or kind in ("gpt2", "gpt_neox")))] == []
+    x = torch.randn(2, 5, D)
+    for block, t in zip(student.goose.blocks, asnn._span_ends(2, LAYERS)):
+        norm, layer = asnn._PARTS[kind]["ln_2"], layers(teacher)[t]
+        torch.testing.assert_close(block.ffn(block.ln_2(x)), layer.mlp(
+            layer.get_submodule(norm)(x)), rtol=1e-5, atol=1e-5)
+        silence(block.time_mix.output)
+    rest, ids = copy.deepcopy(teacher), torch.randint(0, V, (3, 12))
+    kept = [layers(rest)[t] for t in asnn._span_ends(2, LAYERS)]
+    owner, name = rest.base_model, asnn._PARTS[kind]["blocks"]
+    vars(owner)["_modules"][name] = torch.nn.ModuleList(kept)
+    rest.config.num_hidden_layers = 2
+    for layer in kept:
+        output = layer.get_submodule(asnn._PARTS[kind]["output"])
+        torch.nn.init.zeros_(output.weight)
+        if output.bias is not None:
+            torch.nn.init.zeros_(output.bias)
+    got, expected = student(ids).logits, rest(ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - teacher(ids).logits).abs().max() > 0.1  # the attention did something
+
+
+@ALL
+def test_every_head_goes_to_its_place(kind):
+    teacher = build(kind)
+    student = task_for(teacher).build_student()
+    taken = asnn.transfer_weights(student, teacher, 0.5)
+    mix, layer = student.goose.blocks[1].time_mix, layers(teacher)[3]
+    if kind == "gpt_neox":  # rows: q, k, v of head 0, of head 1, ...
+        rows = layer.attention.query_key_value.weight.view(4, 3, 8, D)
+        own = {name: rows[:, i].reshape(D, D) for i, name in enumerate("rkv")}
+        output = layer.attention.dense.weight
+        label = "layers.3.attention.query_key_value.weight, k"
+    elif kind == "gpt2":
+        own = dict(zip("rkv", layer.attn.c_attn.weight.t().chunk(3)))
+        output, label = layer.attn.c_proj.weight.t(), "h.3.attn.c_attn.weight, k"
+    else:
+        a, size = layer.self_attn, layer.self_attn.head_dim
+        q, k, v = (p.weight.view(-1, size, D) for p in (a.q_proj, a.k_proj, a.v_proj))
+        output, label = a.o_proj.weight, "layers.3.self_attn.k_proj.weight"
+        if kind == "qwen3":  # 2 of 4 heads, each with its own keys
+            q, k = q * a.q_norm.weight[:, None], k * a.k_norm.weight[:, None]
+            q, output = q[::2], torch.cat((output[:, :size], output[:, 2 * size:3 * size]), 1)
+            label += " * self_attn.k_norm, heads 2 times, 2 of 4 heads"
+        else:
+            k, v = k[[0, 0, 1, 1]], v[[0, 0, 1, 1]]
+            label += ", heads 2 times"
+        own = {name: x.reshape(D, D) for name, x in zip("rkv", (q, k, v))}
+    for got, name in ((mix.receptance, "r"), (mix.key, "k"), (mix.value, "v")):
+        assert torch.equal(got.weight, own[name]), name
+    assert torch.equal(mix.output.weight, 0.5 * output)
+    assert label in [row["teacher"] for row in taken]
+    assert (student.lm_head.weight is student.goose.embeddings.weight) == (kind != "gpt_neox")
+    assert torch.equal(student.lm_head.weight, teacher.get_output_embeddings().weight)
+    assert (student.goose.positions is None) == (kind != "gpt2")
+
+
+@ALL
+def test_a_student_of_any_teacher_learns_its_layers_is_saved_and_made_sparse(kind, tmp_path):
+    task = task_for(build(kind))
+    student, result = asnn.distil(task)
+    align = [row["align"] for row in result.log if "align" in row]
+    assert align[-1] < 0.8 * align[0], align
+    student.eval().save_pretrained(tmp_path)
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    ids = torch.randint(0, V, (1, 12))
+    whole = student(ids).logits
+    assert torch.equal(loaded(ids).logits, whole) and type(loaded) is not type(student)
+    assert asnn.GooseForCausalLM.from_pretrained(tmp_path).content_hash() == student.content_hash()
+    made = student.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=5, do_sample=False), made)
+    assert not [m for m in asnn.sparsify(student).goose.blocks.modules()
+                if type(m) is torch.nn.Linear and m.out_features != D]  # gate and up too
+    torch.testing.assert_close(asnn.sparsify(student)(ids).logits, whole, rtol=1e-4, atol=1e-4)
+    int8 = asnn.sparsify(student, "gather_int8", compiled=True)
+    assert int8.without_step == ""
+    with torch.no_grad():
+        state = int8(ids, use_cache=True).state
+        slow = asnn.GooseForCausalLM.forward(int8, made[:, 12:13], state=state).logits
+        torch.testing.assert_close(int8(made[:, 12:13], state=state).logits, slow, rtol=1e-4,
+                                   atol=1e-4)
+        close = asnn.quantize_int8(student)(ids).logits
+    assert (close - whole).abs().mean() < 0.1 * whole.std()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        student(ids[:, :1])
+    macs = sum(row["MACs"] for row in asnn.operations(student) if row["product"][:2] not in (
+        "k ", "r "))
+    assert counter.get_total_flops() - 2 * macs == pytest.approx(0, abs=0.1 * macs)
