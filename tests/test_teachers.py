@@ -42,8 +42,8 @@ def layers(teacher):
 
 def recipe_for(teacher, name="v14.5", **overrides):
     values = {"d_model": D, "n_layer": 2, "head_dim": 8, "seq_len": 16, "batch_size": 8,
-              "decay_rank": 4, "distill_steps": 24, "align_steps": 20, "layer_map": ((0, 1), (1, 3)),
-              "eval_every": 100, "precision": "fp32", "lr": 4e-3, "matrix_lr": 1e-2}
+              "decay_rank": 4, "distill_steps": 14, "align_steps": 12, "layer_map": ((0, 1), (1, 3)),
+              "eval_every": 100, "precision": "fp32", "lr": 1e-2, "matrix_lr": 4e-2}
     recipe = asnn.RECIPES[name].replace(**{**values, **overrides})
     return asnn._match_teacher(recipe, teacher, "tiny")[0]
 
@@ -138,14 +138,12 @@ def test_a_student_of_any_teacher_learns_its_layers_is_saved_and_made_sparse(kin
     int8 = asnn.sparsify(student, "gather_int8", compiled=True)
     assert int8.without_step == ""
     with torch.no_grad():
-        state = int8(ids, use_cache=True).state
-        slow = asnn.GooseForCausalLM.forward(int8, made[:, 12:13], state=state).logits
-        torch.testing.assert_close(int8(made[:, 12:13], state=state).logits, slow, rtol=1e-4,
-                                   atol=1e-4)
-        close = asnn.quantize_int8(student)(ids).logits
-    assert (close - whole).abs().mean() < 0.1 * whole.std()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        student(ids[:, :1])
-    macs = sum(row["MACs"] for row in asnn.operations(student) if row["product"][:2] not in (
-        "k ", "r "))
-    assert counter.get_total_flops() - 2 * macs == pytest.approx(0, abs=0.1 * macs)
+        next_token, state = made[:, 12:13], student(ids, use_cache=True).state
+        slow = asnn.sparsify(student, "gather_int8")(next_token, state=state).logits
+        torch.testing.assert_close(int8(next_token, state=state).logits, slow, rtol=1e-4, atol=1e-4)
+    one, int8 = (asnn.evaluate(m, task.tokens["test"], 16, windows=8).nll
+                 for m in (student, asnn.quantize_int8(student)))
+    assert int8 == pytest.approx(one, rel=0.1)
+    products = sum(row["MACs"] for row in asnn.operations(student) if row["product"][1] != " ")
+    assert products == sum(m.weight.numel() for m in student.modules()
+                           if isinstance(m, torch.nn.Linear))
