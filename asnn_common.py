@@ -2655,17 +2655,56 @@ class _Corpus:
 
 
 def _load_corpus(name: str, max_chars: int | None = None) -> _Corpus:
-    """A corpus by name or a folder; `max_chars` bounds pydocs. Raises ValueError for a name that is
-    neither, _HubUnavailable when WikiText is neither attached nor to be fetched; another corpus is
-    never taken instead."""
+    """A corpus by name, a folder with a file of each split, under any of their usual names, or
+    "mix:NAME=share,NAME=share" of such; `max_chars` bounds pydocs. Raises ValueError for a name
+    that is none of these, _HubUnavailable when WikiText is neither attached nor to be fetched;
+    another corpus is never taken instead."""
     if name == "pydocs":
         return _pydocs(max_chars)
     if name in WIKITEXT:
         return _wikitext(name)
+    if name.startswith("mix:"):
+        return _mixture(name, max_chars)
     folder = _reference_task() / "corpus" if name == "ref" else Path(name).expanduser()
-    _require(name == "ref" or folder.is_dir(), "corpus", name,
-             f"pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists")
-    return _Corpus.read(Path(name).name, folder)
+    _require(name == "ref" or folder.is_dir(), "corpus", name, f"pydocs, {', '.join(WIKITEXT)}, "
+             "ref, mix:NAME=share,NAME=share of these, or a folder that exists")
+    files = _split_files(folder)
+    if not files or all((folder / f"{split}.txt").is_file() for split in SPLITS):
+        return _Corpus.read(Path(name).name, folder)
+    try:
+        texts = {split: _read_split(paths) for split, paths in files.items()}
+    except Exception as error:  # of a table: the reader raises a dozen unrelated types
+        raise ValueError(f"corpus {folder} cannot be read: {_first_line(error)}; tables need a "
+                         "column text, text files UTF-8.") from error
+    return _made_corpus(folder.name, texts)
+
+
+def _made_corpus(name: str, texts: dict[str, str]) -> _Corpus:
+    """A corpus of texts, kept in the cache under their hash."""
+    key = _content_hash(*(texts[split] for split in SPLITS))
+    folder = _cache_folder() / "corpora" / f"made-{key}"
+    return _Corpus.read(name, folder, None if folder.is_dir() else texts)
+
+
+def _mixture(name: str, max_chars: int | None) -> _Corpus:
+    """Corpora by share of the characters of each split: as much as there is without repeating any,
+    from the start of each. Raises ValueError for shares that do not add up to 1."""
+    parts = [part.rpartition("=") for part in name.removeprefix("mix:").split(",")]
+    shares = {}
+    for part, _, share in parts:
+        with contextlib.suppress(ValueError):
+            shares[part] = float(share)
+    fits = len(shares) == len(parts) and all(part and share > 0 for part, share in shares.items())
+    _require(fits and math.isclose(sum(shares.values()), 1, abs_tol=1e-6), "corpus", name,
+             "mix:NAME=share,NAME=share of different corpora, with shares above 0 that add up to 1")
+    corpora, texts = {part: _load_corpus(part, max_chars) for part in shares}, {}
+    for split in SPLITS:
+        found = {part: corpus.text(split) for part, corpus in corpora.items()}
+        total = min(len(text) / shares[part] for part, text in found.items())
+        texts[split] = END_OF_TEXT.join(
+            text[:round(total * shares[part])] for part, text in found.items())
+    return _made_corpus("mix:" + ",".join(
+        f"{corpora[part].name}={share:g}" for part, share in shares.items()), texts)
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
