@@ -143,10 +143,10 @@ def draw_architecture(recipe):
     state = {"vector": "state\nS = w S + k v", "matrix": "state\nS = diag(w) S + k v$^T$",
              "delta": "state\nS = diag(w) S\n+ beta k (v - k S)$^T$"}[recipe.state_kind]
     weights = "W_k, W_v\nW_r" + ", W_g" * matrix
-    rows = [["x", "LayerNorm", "token shift\nx, previous x", "mix_in", weights, "k, v", state,
+    rows = [["x", "norm", "token shift\nx, previous x", "mix_in", weights, "k, v", state,
              "r S" + "\nnorm, gate" * matrix, "mix_out", "W_o", "+ x"],
-            ["LayerNorm", "ffn_in", "W_1", recipe.activation[:4], "ffn_hidden", "W_2", "+ x",
-             f"next layer (of {recipe.n_layer}),\nthen the tied head"]]
+            ["norm", "ffn_in", "W_1" + ", W_3" * recipe.gated_ffn, recipe.activation[:4],
+             "ffn_hidden", "W_2", "+ x", f"next layer (of {recipe.n_layer}),\nthen the head"]]
     figure, axes = plt.subplots(figsize=(12, 3.4))
     axes.set(xlim=(0, 15.6), ylim=(-0.4, 3.6), title=f"{recipe.name}, D={recipe.d_model}")
     axes.axis("off")
@@ -385,34 +385,32 @@ def generation_gap(models, teacher, tokens, seq_len, count, seed):
 
 
 # %% [markdown]
-# The generalist scorecard is lm-eval's: a suite of its own tasks, which needs the internet, and two
-# local ones made of the test split, which do not: which of four continuations is the text's (by
-# chance 0.25), and the last word of a passage.
+# The generalist scorecard is lm-eval's: its own tasks, where the internet is there, and two local
+# ones: which of four continuations is the text's (by chance 0.25), and the last word of a passage.
 
 # %%
 SUITE = "group: generalist\ntask: [lambada_openai, hellaswag, arc_easy, piqa, blimp, wikitext]\n"
 LOCAL = {"continuation": "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\n"
-                         "doc_to_target: '{{gold}}'\nmetric_list: [{metric: acc}]\n",
-         "last_word": "output_type: loglikelihood\ndoc_to_target: '{{word}}'\n"
-                      "metric_list: [{metric: acc}, {metric: perplexity}]\n"}
+                         "metric_list: [{metric: acc}]\n",
+         "last_word": "output_type: loglikelihood\nmetric_list: [{metric: acc}]\n"}
 
 
 def write_tasks(task, folder, count):
     """Files for lm-eval in a folder: the suite, and local tasks on places of the test split."""
-    tokens, rows = task.tokens["test"], {name: [] for name in LOCAL}
-    places = np.random.default_rng(0).integers(len(tokens) - 40, size=(count, 4))
-    for i, starts in enumerate(places):
+    tokens, rng, rows = task.tokens["test"], np.random.default_rng(0), {name: [] for name in LOCAL}
+    for i, starts in enumerate(rng.integers(len(tokens) - 40, size=(count, 4))):
         before = task.tokenizer.decode(tokens[starts[i % 4]:starts[i % 4] + 32])
         after = [task.tokenizer.decode(tokens[start + 32:start + 40]) for start in starts]
-        rows["continuation"].append({"q": before, "choices": after, "gold": i % 4})
+        rows["continuation"].append({"q": before, "choices": after, "a": i % 4})
         text, word = f". {before}".rsplit(" ", 2)[:2]  # what follows may be half a word
-        rows["last_word"].append({"q": text, "word": f" {word}"})
+        rows["last_word"].append({"q": text, "a": f" {word}"})
     (folder / "generalist.yaml").write_text(SUITE)
     for name, lines in LOCAL.items():
         (data := folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[name])))
         (folder / f"{name}.yaml").write_text(
             f"task: local_{name}\ndataset_path: json\ntest_split: test\ntarget_delimiter: ''\n"
-            f"doc_to_text: '{{{{q}}}}'\n{lines}dataset_kwargs: {{data_files: {{test: {data}}}}}\n")
+            f"doc_to_text: '{{{{q}}}}'\ndoc_to_target: '{{{{a}}}}'\n{lines}"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n")
 
 
 def scorecard(task, models):

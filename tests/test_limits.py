@@ -22,7 +22,7 @@ def committed(folder):
 
 
 @pytest.mark.parametrize("what, paths, limit", [
-    ("the module", [MODULE], 5062), ("the notebooks", (ROOT / "notebooks").glob("*.py"), 2800),
+    ("the module", [MODULE], 5300), ("the notebooks", (ROOT / "notebooks").glob("*.py"), 2860),
     (".ci", committed(".ci"), 350), ("the tests", (ROOT / "tests").glob("*.py"), 8192),
     ("the README", [ROOT / "README.md"], 200)])
 def test_length(what, paths, limit):

