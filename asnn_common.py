@@ -2124,8 +2124,9 @@ class Recipe:
     `inferred` names the fields whose value was not published and is taken from the nearest
     published version, `repaired` those that differ because the published ones were at fault.
     `published_ppl` is the founders' PPL on WikiText-2 raw with 256-token windows. `teacher` is
-    a name in TEACHERS, another hub id, a folder, `train` (one of the `teacher_*` shape, trained
-    here), `ref` or `untrained-goose`; steps count optimiser steps. Raises ValueError for values not allowed.
+    a name in TEACHERS, a hub id, a folder, `train` (one of the `teacher_*` shape, trained here),
+    `ref` or `untrained-goose`; steps count optimiser steps. Raises ValueError for values not
+    allowed.
     """
 
     name: str
@@ -2388,9 +2389,8 @@ def _history() -> dict[str, Recipe]:
     add("v14.4-vector", "v14.4", "v14.4 with the founders' vector state", state_kind="vector")
     # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours. Of
     # SmolLM2 and its student the roofline is the same: as many multiplications a token.
-    long = {"corpus": "wikitext-103", "max_hours": 11.0, "seq_len": 512, "grad_accum": 4,
-            "distill_steps": 12_000, "align_steps": 2000, "eval_every": 500, "patience": 12_000,
-            "warmup_ratio": 0.05}
+    long = dict(corpus="wikitext-103", max_hours=11.0, seq_len=512, grad_accum=4, eval_every=500,
+                distill_steps=12_000, align_steps=2000, patience=12_000, warmup_ratio=0.05)
     add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 7 to 11 hours",
         **long)
     add("v14.5-smollm2", "v14.5", "v14.5 from SmolLM2-135M, a third of its layers",

