@@ -56,7 +56,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: by hardware
 rows = None  # names of rows, separated by commas; "all"; None: a few in profiles tiny and cpu
 seeds = None  # how many seeds from `seed` on; None: 2 in profile tiny, else 3
-steps = None  # optimiser steps of every run; None: 12 (tiny), 60 (cpu), 300 (ref), 5000 (t4)
+steps = None  # optimiser steps of every run; None: 6 (tiny), 60 (cpu), 300 (ref), 5000 (t4)
 hours = None  # what one sitting may take; None: no limit (tiny), 0.1 (cpu), 8 (ref), 11 (t4)
 again = None  # a row to run once more, to be held against its published value
 seed = 42
@@ -72,7 +72,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import shutil
 import socket
 import threading
@@ -81,8 +80,10 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 from tqdm import tqdm
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -305,3 +306,292 @@ def run_rows(task, rows, seeds, steps, folder, hours=None):
                 shutil.rmtree(work, ignore_errors=True)
     return finished(folder)
 
+# %% [markdown]
+# ## What is run here
+# A few rows in the small profiles, all of them at the reference task and on a T4. Controls come
+# along. Finished rows of `outputs/reference/ablations.jsonl` are read, not run again.
+
+# %%
+FEW = "published,p-logits,control,transfer"
+DEFAULTS = {"tiny": (FEW, 2, 6, None), "cpu": (FEW, 3, 60, 0.1), "ref": ("all", 3, 300, 8.0),
+            "t4": ("all", 3, 5000, 11.0)}
+
+
+def chosen(table, names):
+    """The rows called so, "all" or a list with commas, their controls before them."""
+    wanted = list(table) if names == "all" else [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in table]
+    if unknown:
+        raise ValueError(f"rows is {', '.join(unknown)}; allowed: all, {', '.join(table)}.")
+    controls = [table[name].control for name in wanted if table[name].control]
+    return [table[name] for name in dict.fromkeys(controls + wanted)]
+
+
+def published(place):
+    """Cells of a JSON Lines file, newest last; none where there is no file."""
+    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+
+def export(cells, place):
+    """Puts cells into a JSON Lines file, in the place of those of the same key; their number."""
+    merged = {key(cell): cell for cell in (*published(place), *cells)}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(merged[k], sort_keys=True) + "\n" for k in sorted(merged)]
+    place.with_suffix(".new").write_text("".join(lines))
+    place.with_suffix(".new").replace(place)
+    return len(merged)
+
+
+def key(cell):
+    return cell["profile"], cell["steps"], cell["row"], cell["seed"]
+
+
+asnn.figure_style()  # colours that people with any colour vision tell apart
+begin, profile = time.perf_counter(), asnn.get_recipe("v14.4", profile).profile
+few, *usual = DEFAULTS[profile]
+seeds, steps, hours = (b if a is None else a for a, b in zip((seeds, steps, hours), usual))
+table, seeds = matrix(profile), range(seed, seed + (1 if again else seeds))
+selected = [table[again]] if again in table else chosen(table, again or rows or few)
+task = asnn.load_task(recipe_of(selected[0], profile, steps, seed))
+run = asnn.Run.open("v18", f"{profile}-{steps}", {"corpus": task.corpus.hash, "steps": steps,
+                                                  "teacher": task.teacher_name})
+reference = [Path(root, "reference", "ablations.jsonl") for root in
+             (run.folder.parent.parent, Path(asnn.__file__).parent / "outputs")]
+known = [cell for place in reference[::-1] for cell in published(place)]
+cells_folder = run.folder / ("again" if again else "cells")
+for name in [f"{again}_{steps}_{number}.json" for number in seeds if again]:
+    (cells_folder / name).unlink(missing_ok=True)
+print(f"{len(selected)} rows, {len(seeds)} seeds, {steps} steps on {task.corpus.name}, teacher "
+      f"{task.teacher_name}; {len(known)} finished cells in outputs/reference")
+own = run_rows(task, selected, seeds, steps, cells_folder, hours)
+
+# %% [markdown]
+# ## What a difference is
+# Of two runs with one seed the difference of log PPL is taken. Over seeds: mean, 95 % interval and
+# p by the paired t-test; Holm's correction over the rows of a family. Below p = 0.01 and from three
+# seeds on a row makes a claim. Cells of another profile or number of steps are never mixed in.
+
+# %%
+ALPHA = 0.01  # after correction
+
+
+def alike(cell):
+    """What must be equal for two cells to be compared."""
+    return (cell["profile"], cell["steps"], cell["corpus"]["hash"], cell["teacher"]["hash"],
+            cell["precision"])
+
+
+def paired(row, control):
+    """log PPL of the cells of a row less that of the control with the same seed, (seeds,). Raises
+    ValueError for a seed that the control lacks and for a pair that is not alike."""
+    others = {cell["seed"]: cell for cell in control}
+    for cell in row:
+        if cell["seed"] not in others:
+            raise ValueError(f"{cell['row']}: seed {cell['seed']} has no control of that seed.")
+        if alike(cell) != alike(others[cell["seed"]]):
+            raise ValueError(f"{cell['row']}, seed {cell['seed']}: {alike(cell)} is compared with "
+                             f"{alike(others[cell['seed']])}.")
+    return np.array([math.log(cell["ppl"] / others[cell["seed"]]["ppl"]) for cell in row])
+
+
+def effect(differences):
+    """{"effect", "low", "high", "p", "seeds"}: mean difference, 95 % interval, paired t-test."""
+    found = {"effect": float(np.mean(differences)), "seeds": len(differences)}
+    if len(differences) > 1:
+        test = stats.ttest_1samp(differences, 0.0)
+        low, high = test.confidence_interval(0.95)
+        found |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
+    return found
+
+
+def holm(p):
+    """p-values of one family after Holm's correction, in their order."""
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate((len(p) - np.arange(len(p))) * np.asarray(p)[order])
+    return np.minimum(adjusted, 1.0)[np.argsort(order)]
+
+
+def verdict(found):
+    """What a row may say."""
+    if found["seeds"] < 3:
+        return "not run" if not found["seeds"] else "fewer than 3 seeds"
+    if not found["p_holm"] < ALPHA:  # a p that is not a number shows nothing either
+        return "no difference shown"
+    return f"PPL {100 * math.expm1(found['effect']):+.1f} %"
+
+
+def effects(cells, table):
+    """A row for each row of the matrix that has a control. `waits`: seeds without their control."""
+    by_row, made = {}, []
+    for cell in cells:
+        by_row.setdefault(cell["row"], []).append(cell)
+    for row in (row for row in table.values() if row.control):
+        control = by_row.get(row.control, [])
+        paired_seeds = {cell["seed"] for cell in control}
+        mine = by_row.get(row.name, [])
+        ready = [cell for cell in mine if cell["seed"] in paired_seeds]
+        made.append({"row": row.name, "family": row.family, "says": row.says, "seeds": 0,
+                     "waits": len(mine) - len(ready),
+                     **(effect(paired(ready, control)) if ready else {})})
+    for family in {found["family"] for found in made}:
+        tested = [found for found in made if found["family"] == family and "p" in found]
+        for found, p in zip(tested, holm([found["p"] for found in tested])):
+            found["p_holm"] = float(p)
+    return [{**found, "verdict": verdict(found)} for found in made]
+
+
+def noise(cells):
+    """Standard deviation of log PPL over at least five seeds of one control, else None."""
+    rows = {}
+    for cell in (cell for cell in cells if cell["control"] is None):
+        rows.setdefault(cell["row"], []).append(math.log(cell["ppl"]))
+    name = max(rows, key=lambda name: len(rows[name]), default=None)
+    if name is None or len(rows[name]) < 5:
+        return None
+    return {"row": name, "seeds": len(rows[name]), "sd": float(np.std(rows[name], ddof=1))}
+
+
+groups = {}  # (profile, steps) -> {(row, seed): cell}; what was run here wins
+for cell in [*known, *([] if again else own)]:
+    if cell["row"] in table and not differing(cell, recipe_of(
+            matrix(cell["profile"])[cell["row"]], cell["profile"], cell["steps"], cell["seed"])):
+        groups.setdefault(key(cell)[:2], {})[key(cell)[2:]] = cell
+results = {}
+for (where, count), found in sorted(groups.items()):
+    cells = list(found.values())
+    results[f"{where}-{count}"] = {"noise": noise(cells), "rows": effects(cells, matrix(where))}
+    print(f"{where}, {count} steps: {len(cells)} cells")
+    asnn.show_table([{
+        "family": one["family"], "row": f"{one['row']}: {one['says']}", "seeds": one["seeds"],
+        "log PPL [95 %]": "{effect:+.4f} [{low:+.4f}, {high:+.4f}]".format(**one)
+        if "p" in one else "", "p, Holm": f"{one['p_holm']:.2g}" if "p" in one else "",
+        "verdict": one["verdict"]} for one in results[f"{where}-{count}"]["rows"]])
+    print(f"noise floor: {results[f'{where}-{count}']['noise'] or 'fewer than 5 seeds'} (measured)")
+run.save("effects.json", results)
+
+# %% [markdown]
+# ## Figures
+# Of the reference task where its rows are there, else of what was run here. Bars are 95 %
+# intervals, the grey band is what the seed alone does; bands of curves reach over all seeds.
+
+# %%
+def forest(found):
+    """Effects with intervals, by family; blue where a difference is shown."""
+    rows = [row for row in found["rows"] if "p" in row][::-1]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
+    if found["noise"]:
+        axes.axvspan(*(found["noise"]["sd"] * np.array([-2, 2])), color="#dddddd")
+    for y, row in enumerate(rows):
+        colour = asnn.COLOURS["blue" if row["verdict"].startswith("PPL") else "grey"]
+        axes.plot([row["low"], row["high"]], [y, y], color=colour)
+        axes.plot(row["effect"], y, "o", color=colour)
+    axes.set_yticks(range(len(rows)), [f"{row['family']}: {row['says']}" for row in rows])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="log PPL, row less its control (left: better)", title="Effects")
+    return figure
+
+
+def curves(cells, families=("distillation, v14.3", "ours")):
+    """Validation perplexity by step of each row of two families, and of their controls."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, family in zip(panels, families):
+        controls = {cell["control"] for cell in cells if cell["family"] == family}
+        for name in dict.fromkeys(cell["row"] for cell in cells
+                                  if cell["family"] == family or cell["row"] in controls):
+            some = [np.array(cell["curve"]).T for cell in cells if cell["row"] == name]
+            length = min(curve.shape[1] for curve in some)  # one may have stopped early
+            steps, ppl = some[0][0, :length], np.array([curve[1, :length] for curve in some])
+            line, = axes.plot(steps, ppl.mean(0), label=name)
+            axes.fill_between(steps, ppl.min(0), ppl.max(0), alpha=0.2, color=line.get_color())
+        axes.set(title=family, xlabel="step", ylabel="validation PPL", yscale="log")
+        axes.legend(ncol=2)
+    return figure
+
+
+def capacity(cells):
+    """Gap by parameters, of both recipes; bars reach over all seeds."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    frame = pd.DataFrame([{"family": cell["family"], "parameters": cell["parameters"] / 1e6,
+                           "gap": cell["gap"]} for cell in cells if "capacity" in cell["family"]])
+    for family, part in frame.groupby("family") if len(frame) else ():
+        gap = part.groupby("parameters")["gap"].agg(["mean", "min", "max"])
+        axes.errorbar(gap.index, gap["mean"], (gap["mean"] - gap["min"], gap["max"] - gap["mean"]),
+                      fmt="o-", label=family)
+        axes.legend()
+    axes.set(xlabel="parameters, million", ylabel="PPL / teacher's PPL", title="Capacity")
+    return figure
+
+
+best = max(groups, key=lambda group: (group[0] == "ref", len(groups[group]), group[1]))
+cells = list(groups[best].values())
+run.show(forest(results[f"{best[0]}-{best[1]}"]), "forest")
+run.show(curves(cells), "curves")
+if any("capacity" in cell["family"] for cell in cells):
+    run.show(capacity(cells), "capacity")
+
+# %% [markdown]
+# ## The plan for a T4
+# Hours of each row with one seed at the published size: an estimate, by operations per token, from
+# 7,800 tokens/s for 77M parameters (a T4's roofline).
+
+# %%
+def t4_hours(row, teacher=124_439_808, known=77_200_000, speed=7_800):
+    """(parameters, hours) of a row: three passes of the student, one of the teacher."""
+    recipe = recipe_of(row, "t4", 5000, 42)
+    with torch.device("meta"):
+        size = asnn.GooseForCausalLM(recipe.student_config(50257)).num_parameters()
+    share = (3 * size + teacher) / (3 * known + teacher)
+    return size, recipe.distill_steps * recipe.batch_size * recipe.seq_len / speed * share / 3600
+
+
+plan = [{"family": row.family, "row": row.name, "parameters": f"{size / 1e6:.0f}M",
+         "hours": f"{time_needed:.2f}"} for row in matrix("t4").values()
+        for size, time_needed in [t4_hours(row)]]
+asnn.show_table(plan)
+whole = sum(float(line["hours"]) for line in plan)
+print(f"{len(plan)} rows, {3 * whole:.0f} hours with three seeds (estimated)")
+
+# %% [markdown]
+# ## Contract
+# Facts that hold in every profile; continuous integration compares their output.
+
+# %% tags=["nbval-check-output"]
+print("rows:", len(table), "controls:", sorted(r.name for r in table.values() if not r.control))
+print("every row names a row of the matrix as control:",
+      {r.control for r in table.values()} - {None} <= set(table))
+print("Holm, by hand:", [round(float(p), 3) for p in holm([0.01, 0.04, 0.03, 0.005])])
+print("no spread, no claim:", verdict({"seeds": 3, "effect": 0.0, "p_holm": float("nan")}))
+print("one claim at a time:", end=" ")
+with claimed(run.folder / "probe.json") as ours, claimed(run.folder / "probe.json") as theirs:
+    print(ours, theirs)
+
+# %% [markdown]
+# ## Saved artefacts and summary
+# Finished cells of all profiles but tiny go to `outputs/reference`; the p-values of four rows of
+# the reference task, from three seeds on, to its `headline.json`.
+
+# %%
+if again:
+    then = [cell for cell in known if key(cell) in {key(one) for one in own}
+            and alike(cell) == alike(own[0])]
+    spread = [math.log(cell["ppl"]) for cell in known if key(cell)[:3] == key(own[0])[:3]]
+    for one, old in zip(own, then):
+        print(f"Reproduced: {again}, seed {one['seed']}, PPL {one['ppl']:.4f}, published "
+              f"{old['ppl']:.4f}, difference {100 * math.log(one['ppl'] / old['ppl']):+.3f} %; "
+              f"seeds differ by {100 * np.std(spread, ddof=1):.3f} % (standard deviation, "
+              f"{len(spread)} seeds)")
+    if not then:
+        print(f"Run again, PPL {own[0]['ppl']:.4f}: no value was published for this corpus, teacher"
+              " and number of steps")
+elif profile != "tiny":
+    export(own, reference[0])
+    p = {f"ablation_p_{one['row']}": {"value": one["p_holm"], "low": one["p"],
+                                      "high": one["p_holm"], "seeds": one["seeds"]}
+         for one in results[f"{best[0]}-{best[1]}"]["rows"]
+         if one["row"] in ("transfer", "alignment", "delta", "muon") and one["seeds"] >= 3}
+    if best[0] == "ref" and p:
+        run.headline("papermill notebooks/asnn_v18_ablations.ipynb - -p profile ref", p)
+left = sum(not (cells_folder / f"{row.name}_{steps}_{number}.json").exists()
+           for row in selected for number in seeds)
+print(f"{'Finished' if not left else 'Not finished'}: v18, {len(own)} cells of {profile}, {left} "
+      f"left, {time.perf_counter() - begin:.0f} s")
