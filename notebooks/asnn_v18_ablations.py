@@ -352,6 +352,7 @@ few, *usual = DEFAULTS[profile]
 seeds, steps, hours = (b if a is None else a for a, b in zip((seeds, steps, hours), usual))
 table, seeds = matrix(profile), range(seed, seed + (1 if again else seeds))
 selected = [table[again]] if again in table else chosen(table, again or rows or few)
+publish = profile != "tiny" and not again  # whether finished cells go to outputs/reference
 task = asnn.load_task(recipe_of(selected[0], profile, steps, seed))
 run = asnn.Run.open("v18", f"{profile}-{steps}", {"corpus": task.corpus.hash, "steps": steps,
                                                   "teacher": task.teacher_name})
@@ -459,14 +460,15 @@ for cell in [*known, *([] if again else own)]:
 results = {}
 for (where, count), found in sorted(groups.items()):
     cells = list(found.values())
-    results[f"{where}-{count}"] = {"noise": noise(cells), "rows": effects(cells, matrix(where))}
-    print(f"{where}, {count} steps: {len(cells)} cells")
+    one = results[f"{where}-{count}"] = {"noise": noise(cells),
+                                         "rows": effects(cells, matrix(where))}
+    print(f"{where}, {count} steps: {len(cells)} cells, measured; noise floor (standard deviation "
+          f"of log PPL over the seeds of one control): {one['noise'] or 'fewer than 5 seeds'}")
     asnn.show_table([{
-        "family": one["family"], "row": f"{one['row']}: {one['says']}", "seeds": one["seeds"],
-        "log PPL [95 %]": "{effect:+.4f} [{low:+.4f}, {high:+.4f}]".format(**one)
-        if "p" in one else "", "p, Holm": f"{one['p_holm']:.2g}" if "p" in one else "",
-        "verdict": one["verdict"]} for one in results[f"{where}-{count}"]["rows"]])
-    print(f"noise floor: {results[f'{where}-{count}']['noise'] or 'fewer than 5 seeds'} (measured)")
+        "family": row["family"], "row": f"{row['row']}: {row['says']}", "seeds": row["seeds"],
+        "log PPL [95 %]": "{effect:+.4f} [{low:+.4f}, {high:+.4f}]".format(**row)
+        if "p" in row else "", "p, Holm": f"{row['p_holm']:.2g}" if "p" in row else "",
+        "verdict": row["verdict"]} for row in one["rows"]])
 run.save("effects.json", results)
 
 # %% [markdown]
@@ -511,23 +513,30 @@ def curves(cells, families=("distillation, v14.3", "ours")):
 def capacity(cells):
     """Gap by parameters, of both recipes; bars reach over all seeds."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    frame = pd.DataFrame([{"family": cell["family"], "parameters": cell["parameters"] / 1e6,
-                           "gap": cell["gap"]} for cell in cells if "capacity" in cell["family"]])
-    for family, part in frame.groupby("family") if len(frame) else ():
+    frame = pd.DataFrame([(cell["family"], cell["parameters"] / 1e6, cell["gap"]) for cell in cells
+                          if "capacity" in cell["family"]], columns=["family", "parameters", "gap"])
+    for family, part in frame.groupby("family"):
         gap = part.groupby("parameters")["gap"].agg(["mean", "min", "max"])
         axes.errorbar(gap.index, gap["mean"], (gap["mean"] - gap["min"], gap["max"] - gap["mean"]),
                       fmt="o-", label=family)
         axes.legend()
-    axes.set(xlabel="parameters, million", ylabel="PPL / teacher's PPL", title="Capacity")
+    axes.set(xlabel="parameters, million", ylabel="PPL / teacher's PPL",
+             title="capacity and gap" if len(frame) else "capacity and gap: not run yet")
     return figure
 
 
 best = max(groups, key=lambda group: (group[0] == "ref", len(groups[group]), group[1]))
-cells = list(groups[best].values())
-run.show(forest(results[f"{best[0]}-{best[1]}"]), "forest")
-run.show(curves(cells), "curves")
-if any("capacity" in cell["family"] for cell in cells):
-    run.show(capacity(cells), "capacity")
+cells, kept = list(groups[best].values()), reference[0].parent / "v18"
+drawn = {"forest": forest(results[f"{best[0]}-{best[1]}"]), "curves": curves(cells),
+         "capacity": capacity(cells)}
+if publish:  # where v19 finds them
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / "effects.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+for name, figure in drawn.items():
+    for end in ("pdf", "png") if publish else ():
+        figure.savefig(kept / f"{name}.{end}", metadata={} if end == "png" else {
+            "CreationDate": None})
+    run.show(figure, name)
 
 # %% [markdown]
 # ## The plan for a T4
@@ -583,7 +592,7 @@ if again:
     if not then:
         print(f"Run again, PPL {own[0]['ppl']:.4f}: no value was published for this corpus, teacher"
               " and number of steps")
-elif profile != "tiny":
+elif publish:
     export(own, reference[0])
     p = {f"ablation_p_{one['row']}": {"value": one["p_holm"], "low": one["p"],
                                       "high": one["p_holm"], "seeds": one["seeds"]}
