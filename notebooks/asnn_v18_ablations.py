@@ -56,7 +56,7 @@ print(f"asnn_common {asnn.__version__} from {os.path.relpath(found[0])}")
 profile = None  # tiny (seconds), cpu (minutes), ref, t4 (full size); None: by hardware
 rows = None  # names of rows, separated by commas; "all"; None: a few in profiles tiny and cpu
 seeds = None  # how many seeds from `seed` on; None: 2 in profile tiny, else 3
-steps = None  # optimiser steps of every run; None: 6 (tiny), 60 (cpu), 300 (ref), 5000 (t4)
+steps = None  # optimiser steps of every run; None: 6 (tiny), 30 (cpu), 300 (ref), 5000 (t4)
 hours = None  # what one sitting may take; None: no limit (tiny), 0.1 (cpu), 8 (ref), 11 (t4)
 again = None  # a row to run once more, to be held against its published value
 seed = 42
@@ -313,7 +313,7 @@ def run_rows(task, rows, seeds, steps, folder, hours=None):
 
 # %%
 FEW = "published,p-logits,control,transfer"
-DEFAULTS = {"tiny": (FEW, 2, 6, None), "cpu": (FEW, 3, 60, 0.1), "ref": ("all", 3, 300, 8.0),
+DEFAULTS = {"tiny": (FEW, 2, 6, None), "cpu": (FEW, 3, 30, 0.1), "ref": ("all", 3, 300, 8.0),
             "t4": ("all", 3, 5000, 11.0)}
 
 

@@ -85,7 +85,7 @@ RUNS = {f"{name}": f"ref-{name}" for name in (
 
 
 def read_sources(folder):
-    """{name: content} of the files below outputs/reference; {} in the place of a missing one."""
+    """{name: content} of files below outputs/reference; {} in the place of a missing one."""
     def read(name):
         path = folder / name
         return json.loads(path.read_text()) if path.is_file() else {}
@@ -104,7 +104,7 @@ def read_sources(folder):
         "dial": {f"{row['row']}, {row['levels']}": row for row in lines("dial.jsonl")},
         "gate": {p.stem: json.loads(p.read_text()) for p in sorted((folder / "v15").glob("*.json"))},
         "v16": read("v16.json"), "v17": read("v17/efficiency.json"),
-        "bench": read("v17/bench.json"), "ablations": read("ablations.json"),
+        "bench": read("v17/bench.json"), "ablations": read("v18/effects.json"),
         "cells": lines("ablations.jsonl"),
         "recipes": {name: vars(recipe) for name, recipe in asnn.RECIPES.items()}}
 
@@ -139,7 +139,8 @@ GATES = {"mutual information": "Mi", "CKA": "Cka", "dead channels": "Dead",
 FIELDS = [
     ("published ppl", "recipes|v14.3-published|published_ppl", ".2f"),
     ("t4 steps", "recipes|v14.3-published|distill_steps", ",d"),
-    ("steps", "runs|v14.4|training|steps", ",d"), ("window", "runs|v14.4|student|test|seq_len", "d"),
+    ("steps", "runs|v14.4|training|steps", ",d"),
+    ("window", "runs|v14.4|student|test|seq_len", "d"),
     ("long steps", "runs|v14.4-3000|training|steps", ",d"),
     ("test tokens", "runs|v14.4|student|test|tokens", ",d"),
     ("train tokens", "runs|v14.4|corpus|tokens|train", ",d"),
@@ -163,7 +164,8 @@ FIELDS = [
     *((f"long {name}", f"runs|{row}|gap|test|value", ".3f") for name, row in (
         ("ours", "v14.4-3000"), ("sites", "v14.4-sites-3000"), ("rates", "v14.4-rates-3000"))),
     ("gap unfloored", "dial|all sites, before thresholds had a floor, 2 trains|gap", ".3f"),
-    ("rows read", "dial|all sites, floor, rotated mix_out and ffn_hidden, 2 trains|rows read", ".0%"),
+    ("rows read", "dial|all sites, floor, rotated mix_out and ffn_hidden, 2 trains|rows read",
+     ".0%"),
     *((f"{who} {GATES[metric]} {part}", f"gate|{stem}|{when}|gate|metrics|{metric}|{part}", ".3f")
       for who, stem, when in (("vthree", "v14.3", "before"),
                               ("rates", "v14.4-rates, 3000 steps", "before"),
@@ -179,8 +181,8 @@ FIELDS = [
     ("speed parameters", "v16|parameters", ",d"), ("hardware", "v17|hardware", "s"),
     ("gate", "v17|gate", "s"),
     ("context", "v17|context", "d"), ("estimated joules", "v17|joules, estimated|student, "
-                                      "gather_int8|idealised, with DRAM and head", ".2g"),
-    ("gpt joules", "v17|joules, estimated|GPT-2, int8|idealised, with DRAM and head", ".2g")]
+                                      "gather_int8|idealised, with DRAM and head", ".3f"),
+    ("gpt joules", "v17|joules, estimated|GPT-2, int8|idealised, with DRAM and head", ".3f")]
 
 
 def macro(name):
@@ -191,9 +193,10 @@ def macro(name):
 
 def shown(value, form):
     """A value as LaTeX shows it."""
-    text = format(value, form).replace("%", r"\%").replace("&", r"\&")
-    return re.sub(r"(.*)e([+-])0?(\d+)", lambda m: rf"${m[1]}\times10^{{{m[2].strip('+')}{m[3]}}}$",
-                  text)
+    text = format(value, form).replace("%", r"\%").replace("&", r"\&").replace("_", r"\_")
+    text = re.sub(r"(.*)e([+-])0?(\d+)",
+                  lambda m: rf"${m[1]}\times10^{{{m[2].strip('+')}{m[3]}}}$", text)
+    return re.sub("^-", "$-$", text)
 
 
 def numbers(sources):
@@ -240,6 +243,7 @@ print(f"{len(values)} numbers, {sum(name not in sources['headline'] for name in 
 
 # %%
 def interval(row, form=".3f"):
+    """A claim with its interval."""
     return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
 
 
@@ -307,8 +311,7 @@ def to_latex(rows):
         return MISSING + "\n"
     style = pd.DataFrame(rows).style.hide(axis="index").format(escape="latex")
     columns = "l" + (len(rows[0]) - 1) * ("r" if len(rows[0]) > 6 else "l")
-    text = style.format_index(escape="latex", axis=1).to_latex(hrules=True, column_format=columns)
-    return text
+    return style.format_index(escape="latex", axis=1).to_latex(hrules=True, column_format=columns)
 
 
 made = tables(sources)
@@ -321,39 +324,25 @@ for name, rows in made.items():
 # Vectors for the paper, PNG for everywhere else, in the colours of all pages.
 
 # %%
-def bars(rows, xlabel):
-    """Horizontal bars {label: (value, low, high)} with their intervals."""
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.3 * len(rows)), layout="constrained")
-    for y, (label, (value, low, high)) in enumerate(reversed(rows.items())):
-        axes.barh(y, value, color=asnn.COLOURS["sky"], xerr=[[value - low], [high - value]])
-    axes.set_yticks(range(len(rows)), list(rows)[::-1])
+def points(rows, xlabel):
+    """Points {label: (value, low, high)} with their intervals, and a line where nothing changes."""
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.22 * len(rows)), layout="constrained")
+    for y, (value, low, high) in enumerate(reversed(rows.values())):
+        axes.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", capsize=3,
+                      color=asnn.COLOURS["blue"])
+    axes.set_yticks(range(len(rows)), [label.replace("_", " ") for label in rows][::-1])
+    axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel=xlabel)
-    return figure
-
-
-def forest(group):
-    """Effects of the ablations; blue where a difference is shown, grey band: twice the noise."""
-    rows = [row for row in group.get("rows", ()) if "p" in row][::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.22 * len(rows)), layout="constrained")
-    if group.get("noise"):
-        axes.axvspan(-2 * group["noise"]["sd"], 2 * group["noise"]["sd"], color="#dddddd")
-    for y, row in enumerate(rows):
-        colour = asnn.COLOURS["blue" if row["verdict"].startswith("PPL") else "grey"]
-        axes.errorbar(row["effect"], y, xerr=[[row["effect"] - row["low"]],
-                                              [row["high"] - row["effect"]]], fmt="o", color=colour)
-    axes.set_yticks(range(len(rows)), [f"{row['family']}: {row['says']}" for row in rows])
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="log PPL, row less its control (left: better)")
     return figure
 
 
 def damage(interventions):
     """What it costs to take time or sign out of the spikes of one site in all layers."""
-    frame = pd.DataFrame([row for row in interventions if row["layer"] == "all" and
-                          row["intervention"] in ("mean", "shuffle", "jitter", "flip")])
+    frame = pd.DataFrame([row for row in interventions if row["layer"] == "all"])
     figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained", sharey=True)
     for axes, kind, label in zip(panels, ("jitter", "flip"), ("jitter, tokens", "signs turned")):
-        for site, part in frame[frame["intervention"] == kind].groupby("site", sort=False):
+        for site in ("k", "v", "mix_in.v", "mix_out", "ffn_in", "ffn_hidden"):
+            part = frame[(frame["intervention"] == kind) & (frame["site"] == site)]
             axes.errorbar(part["amount"], part["rise"], part["standard error"], fmt="o-", label=site)
         axes.set(xlabel=label, yscale="log")
     panels[0].set_ylabel("PPL over intact PPL")
@@ -382,15 +371,13 @@ def figures(sources):
     """{name: figure} of what there is data for."""
     made, headline = {}, sources["headline"]
     if sources["ladder"]:
-        made["ladder"] = bars({row: (found["gap"],) * 3 for row, found in sorted(
+        made["ladder"] = points({row: (found["gap"],) * 3 for row, found in sorted(
             sources["ladder"].items(), key=lambda item: -item[1]["gap"])}, "PPL / teacher's PPL")
     for name, label in (("tax", "PPL / dense twin's PPL"), ("decode_over", "times llama.cpp")):
         rows = {key: (row["value"], row["low"], row["high"]) for key, row in headline.items()
                 if key.startswith(name)}
         if rows:
-            made[name] = bars(rows, label)
-    if any("p" in row for row in best_group(sources).get("rows", ())):
-        made["forest"] = forest(best_group(sources))
+            made[name] = points(rows, label)
     rates = sources["gate"].get("v14.4-rates, 3000 steps")
     if rates:
         made["damage"] = damage(rates["interventions"])
@@ -402,6 +389,8 @@ def figures(sources):
 for name, figure in figures(sources).items():
     figure.savefig(paper / "figures" / f"{name}.pdf", metadata={"CreationDate": None})
     run.show(figure, name)
+for path in (reference / "v18").glob("*.p*"):  # the ablations' own, as v18 drew them
+    shutil.copy(path, paper / "figures")
 
 # %% [markdown]
 # ## Manuscript
@@ -423,12 +412,17 @@ PREAMBLE = r"""
 \usepackage[hidelinks]{hyperref}
 \input{names}
 \input{numbers}
-\newcommand{\fig}[2]{\IfFileExists{figures/#1.pdf}{\begin{figure}[tbp]\centering
-\includegraphics[width=0.86\linewidth]{figures/#1.pdf}\caption{#2}\label{fig:#1}\end{figure}}{}}
-\newcommand{\tab}[2]{\begin{table}[tbp]\centering\footnotesize\setlength{\tabcolsep}{4pt}
-\caption{#2}\label{tab:#1}\input{tables/#1}\end{table}}
+\xspaceaddexceptions{]}
 \newcommand{\ci}[3]{#1 [#2, #3]}
-\title{What ternary spikes cost a language model, and what they save on a CPU}
+\newcommand{\fig}[2]{\begin{figure}[tbp]\centering\IfFileExists{figures/#1.pdf}{%
+\includegraphics[width=0.86\linewidth]{figures/#1.pdf}}{\textit{not measured}}%
+\caption{#2}\label{fig:#1}\end{figure}}
+\newsavebox{\fitted}
+\newcommand{\tab}[2]{\sbox{\fitted}{\footnotesize\setlength{\tabcolsep}{4pt}\input{tables/#1}}%
+\begin{table}[tbp]\centering\caption{#2}\label{tab:#1}\smallskip
+\ifdim\wd\fitted>\linewidth\resizebox{\linewidth}{!}{\usebox{\fitted}}\else\usebox{\fitted}\fi
+\end{table}}
+\title{What ternary spikes cost a language model\\and what they save on a CPU}
 \author{The ASNN-Goose project}
 \date{}
 """
@@ -558,6 +552,10 @@ ran yet says ``not run''.
 control.}
 \fig{forest}{Effects with intervals. Blue: a difference is shown. Grey band, where there is one:
 twice the standard deviation over seeds of a control.}
+Figure~\ref{fig:curves} has the curves of two families, Figure~\ref{fig:capacity} the gap over the
+number of parameters, at the reference task's counterparts of the founders' four widths.
+\fig{curves}{Validation perplexity; bands reach over all seeds.}
+\fig{capacity}{Gap over parameters; bars reach over all seeds.}
 """
 
 TAX = r"""
@@ -602,7 +600,8 @@ that was looked at: nothing, within its bias.
 \section{Interventions}
 Correlation is not use. Figure~\ref{fig:damage} shows what it costs to move spikes in time or to
 turn their signs, in all layers at once. In \Vrates a few tokens of jitter cost little in keys and
-much before the output; turned signs cost little up to a tenth and everything at a half. In
+much before the output; turned signs cost little up to a tenth, but for what feeds the
+output, and everything at a half. In
 \Vthree almost all of the damage is done in the first layer: spikes of the later layers pass every
 correlational test and hardly matter to the model. A gate of correlations alone would not have
 noticed.
@@ -767,7 +766,7 @@ def checklist(sources, tex, names):
         ("Theory and proofs", "not applicable", "no theorem is claimed"),
         ("Results can be reproduced", answer({"reproduce.md", "commands.txt"} <= {*names}),
          "commands, recipes and hashes of every row are in the package"),
-        ("Open code and data", answer("recipes.json" in names, True), "code is open; the reference "
+        ("Open code and data", "partly", "code is open; the reference "
          "corpus and teacher are known by hash and are no part of the repository"),
         ("Settings", answer("recipes.json" in names), "recipes in full"),
         ("Statistical significance", answer(headline and many == len(headline), bounds and many),
