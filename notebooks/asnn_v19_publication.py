@@ -102,7 +102,8 @@ def read_sources(folder):
         "ladder": {row: {"gap": float(np.mean(gaps)), "seeds": len(gaps)}
                    for row, gaps in ladder.items()},
         "dial": {f"{row['row']}, {row['levels']}": row for row in lines("dial.jsonl")},
-        "gate": {p.stem: json.loads(p.read_text()) for p in sorted((folder / "v15").glob("*.json"))},
+        "gate": {path.stem: read(path.relative_to(folder)) for path in
+                 sorted((folder / "v15").glob("*.json"))},
         "v16": read("v16.json"), "v17": read("v17/efficiency.json"),
         "bench": read("v17/bench.json"), "ablations": read("v18/effects.json"),
         "cells": lines("ablations.jsonl"),
@@ -224,11 +225,12 @@ def definitions_of(values, tex):
 def typed_numbers(tex):
     """Digits that somebody typed, with what stands around them. Allowed: equations without decimal
     points, arguments of TeX itself, lengths, names of files, labels and citations."""
+    arguments = r"(documentclass|usepackage|includegraphics|geometry)(\[.*?\])?\{.*?\}"
     tex = re.sub(r"(?m)(?<!\\)%.*", "", tex)
-    tex = re.sub(r"\\begin\{equation\}.*?\\end\{equation\}",
-                 lambda found: found[0] if re.search(r"\d[.,]\d", found[0]) else "", tex, flags=re.S)
-    tex = re.sub(r"\\setlength\{.*?\}\{.*?\}|\\(documentclass|usepackage|includegraphics|geometry)(\[.*?\])?\{.*?\}|"
-                 r"\\(ref|label|cite[pt]?|input|IfFileExists|fig|tab)\{.*?\}|#\d|"
+    tex = re.sub(r"\\begin\{equation\}.*?\\end\{equation\}", lambda found: found[0] if re.search(
+        r"\d[.,]\d", found[0]) else "", tex, flags=re.DOTALL)
+    tex = re.sub(rf"\\{arguments}|\\setlength\{{.*?\}}\{{.*?\}}|#\d|"
+                 r"\\(ref|label|cite[pt]?|input|IfFileExists|fig|tab)\{.*?\}|"
                  r"\\newcommand\{\\\w+\}\[\d\]|\d*\.?\d*\\(linewidth|baselineskip)", "", tex)
     return [tex[max(0, m.start() - 20):m.end() + 20] for m in re.finditer(r"\d[\d.,]*", tex)]
 
@@ -254,7 +256,7 @@ def main_table(sources):
     v17, rows, quality = sources["v17"], [], sources["v16"].get("quality", {})
     by_name = {row["system"]: row for row in sources["bench"]["rows"] if "decode" in row
                and (row["batch"], row["context"]) == (1, v17["context"])}
-    skipped = sum(o["skipped"] for o in v17["operations"]) / sum(o["MACs"] for o in v17["operations"])
+    skipped, macs = (sum(row[key] for row in v17["operations"]) for key in ("skipped", "MACs"))
     for name, row in sorted(by_name.items(), key=lambda item: -item[1]["decode"]["median"]):
         plain = name.removesuffix(", compiled")
         student, gap = plain.startswith("student"), v17["gaps"].get(plain)
@@ -265,7 +267,7 @@ def main_table(sources):
             "system": name, "PPL, gap (measured)": f"{ppl:.1f}, {gap:.3f}" if ppl and gap else
             f"{gap:.3f}" if gap else "not trained",
             "parameters, M": f"{whole['memory']['weights'] / 4e6:.0f}",
-            "MACs skipped (measured)": f"{100 * skipped:.0f} %" if "gather" in name else "0 %",
+            "MACs skipped (measured)": f"{100 * skipped / macs:.0f} %" if "gather" in name else "0 %",
             "ms/token (measured)": f"{1e3 * row['decode']['median']:.1f}",
             "MiB (measured)": f"{sum(row['memory'].values()) / 2**20:.0f}",
             "mJ/token (estimated)":
@@ -310,7 +312,8 @@ def to_latex(rows):
     if not rows:
         return MISSING + "\n"
     style = pd.DataFrame(rows).style.hide(axis="index").format(escape="latex")
-    columns = "l" + (len(rows[0]) - 1) * ("r" if len(rows[0]) > 6 else "l")
+    narrow = r">{\raggedleft\arraybackslash}p{1.55cm}"  # so that long heads are broken
+    columns = "l" + (len(rows[0]) - 1) * (narrow if len(rows[0]) > 6 else "l")
     return style.format_index(escape="latex", axis=1).to_latex(hrules=True, column_format=columns)
 
 
@@ -343,7 +346,8 @@ def damage(interventions):
     for axes, kind, label in zip(panels, ("jitter", "flip"), ("jitter, tokens", "signs turned")):
         for site in ("k", "v", "mix_in.v", "mix_out", "ffn_in", "ffn_hidden"):
             part = frame[(frame["intervention"] == kind) & (frame["site"] == site)]
-            axes.errorbar(part["amount"], part["rise"], part["standard error"], fmt="o-", label=site)
+            axes.errorbar(part["amount"], part["rise"], part["standard error"], fmt="o-",
+                          label=site)
         axes.set(xlabel=label, yscale="log")
     panels[0].set_ylabel("PPL over intact PPL")
     panels[1].legend(ncol=2)
@@ -406,7 +410,7 @@ NAMES = {"Gpt": "GPT-2", "Wiki": "WikiText-2", "Vthree": "v14.3", "Vfour": "v14.
 PREAMBLE = r"""
 \documentclass[11pt,a4paper]{article}
 \usepackage[margin=2.4cm]{geometry}
-\usepackage{amsmath,booktabs,graphicx,microtype,xspace,lmodern}
+\usepackage{amsmath,array,booktabs,graphicx,microtype,xspace,lmodern}
 \usepackage[T1]{fontenc}
 \usepackage[numbers]{natbib}
 \usepackage[hidelinks]{hyperref}
@@ -434,8 +438,8 @@ decoder skip the weights of silent channels. We distil a recurrent student with 
 a transformer and ask three questions: what do the spikes cost, do they carry information, and what
 do they save on hardware that people own? The recipe that we began with left its
 student at a perplexity of \VPublishedPpl on \Wiki. Replayed on a frozen task, its perplexity is
-\VGapCumsum times the teacher's, and most of this is due to faults that we name. Repaired, started from the
-teacher's weights, with a delta-rule state and Muon, the gap is \VGapOurs. Against a dense twin of
+\VGapCumsum times the teacher's, and most of this is due to faults that we name. Repaired, started
+from the teacher's weights, with a delta-rule state and Muon, the gap is \VGapOurs. Against a dense twin of
 the same architecture, seed and budget, spikes for keys and values cost a factor of \VTaxKv in
 perplexity, spikes before every product of the layers \VTaxSitesSixZeroZero. Decoding one token at
 a time in \Int on a CPU is \VDecodeOverLlamacppQEightSameSize times as fast as llama.cpp with a
@@ -562,7 +566,8 @@ TAX = r"""
 \section{The ternary tax}
 For keys and values alone the tax is \ci{\VTaxKv}{\VTaxKvLow}{\VTaxKvHigh} with two trains of spikes
 (seeds: \VTaxKvSeeds). Before every product of the layers one train costs
-\ci{\VTaxSitesSixZeroZeroOneStep}{\VTaxSitesSixZeroZeroOneStepLow}{\VTaxSitesSixZeroZeroOneStepHigh},
+\ci{\VTaxSitesSixZeroZeroOneStep}{\VTaxSitesSixZeroZeroOneStepLow}%
+{\VTaxSitesSixZeroZeroOneStepHigh},
 which is what the coding error of three levels predicts: public runs with as few levels pay about as
 much \citep{panferov2025}. A second train on the residual lowers it to
 \ci{\VTaxSitesSixZeroZero}{\VTaxSitesSixZeroZeroLow}{\VTaxSitesSixZeroZeroHigh} (seeds:
@@ -630,7 +635,8 @@ the zeros': the same kernel with all channels firing is slower by a factor of on
 \ci{\VDecodeSkippingAlone}{\VDecodeSkippingAloneLow}{\VDecodeSkippingAloneHigh}, an interval that
 tells whether skipping is shown to help at all at this firing rate. Latency after a long context
 over that after a short one is
-\ci{\VDecodeLatencyEightOneNineTwoOverOneTwoEight}{\VDecodeLatencyEightOneNineTwoOverOneTwoEightLow}%
+\ci{\VDecodeLatencyEightOneNineTwoOverOneTwoEight}%
+{\VDecodeLatencyEightOneNineTwoOverOneTwoEightLow}%
 {\VDecodeLatencyEightOneNineTwoOverOneTwoEightHigh}: the state does not grow
 (Figure~\ref{fig:contexts}).
 
@@ -698,8 +704,8 @@ REFERENCES = [  # key, authors, title, year, identifier
      "2503.14456"),
     ("yang2024a", "Songlin Yang and others", "Gated Linear Attention Transformers with "
      "Hardware-Efficient Training", 2023, "2312.06635"),
-    ("yang2024b", "Songlin Yang and others", "Parallelizing Linear Transformers with the Delta Rule "
-     "over Sequence Length", 2024, "2406.06484"),
+    ("yang2024b", "Songlin Yang and others", "Parallelizing Linear Transformers with the Delta "
+     "Rule over Sequence Length", 2024, "2406.06484"),
     ("li2016", "Fengfu Li and Bin Liu", "Ternary Weight Networks", 2016, "1605.04711"),
     ("ma2024", "Shuming Ma and others", "The Era of 1-bit LLMs: All Large Language Models are in "
      "1.58 Bits", 2024, "2402.17764"),
