@@ -349,6 +349,10 @@ def key(cell):
 asnn.figure_style()  # colours that people with any colour vision tell apart
 begin, profile = time.perf_counter(), asnn.get_recipe("v14.4", profile).profile
 few, *usual = DEFAULTS[profile]
+shipped = Path(asnn.__file__).parent / "outputs" / "reference" / "ablations.jsonl"
+if again and steps is None:  # as many as the published cells of this row have
+    steps = next((cell["steps"] for cell in published(shipped)[::-1]
+                  if (cell["row"], cell["profile"]) == (again, profile)), None)
 seeds, steps, hours = (b if a is None else a for a, b in zip((seeds, steps, hours), usual))
 table, seeds = matrix(profile), range(seed, seed + (1 if again else seeds))
 selected = [table[again]] if again in table else chosen(table, again or rows or few)
@@ -356,8 +360,7 @@ publish = profile != "tiny" and not again  # whether finished cells go to output
 task = asnn.load_task(recipe_of(selected[0], profile, steps, seed))
 run = asnn.Run.open("v18", f"{profile}-{steps}", {"corpus": task.corpus.hash, "steps": steps,
                                                   "teacher": task.teacher_name})
-reference = [Path(root, "reference", "ablations.jsonl") for root in
-             (run.folder.parent.parent, Path(asnn.__file__).parent / "outputs")]
+reference = [run.folder.parent.parent / "reference" / "ablations.jsonl", shipped]
 known = [cell for place in reference[::-1] for cell in published(place)]
 cells_folder = run.folder / ("again" if again else "cells")
 for name in [f"{again}_{steps}_{number}.json" for number in seeds if again]:
