@@ -64,7 +64,8 @@ seed = 42
 # %% [markdown]
 # ## The matrix
 # A row changes fields of a recipe and names its control. Families that are about the published
-# recipe stand on `v14.3`, which is that recipe with its faults repaired; ours on `v14.4`.
+# recipe stand on `v14.3`, which is that recipe with its faults repaired; ours on `v14.4`. Students
+# of other widths cannot take the teacher's weights: rows of capacity and their control do not.
 
 # %%
 import contextlib
@@ -194,16 +195,14 @@ def claimed(path, stale=STALE):
     """Whether this process may work on the cell at `path`. Claims are numbered: the newest counts,
     and in the place of a stale one comes the next number, which only one process can make."""
     claims = sorted(path.parent.glob(f"{path.stem}.claim-*"))
-    with contextlib.suppress(FileNotFoundError):  # its owner has just finished
-        if claims and time.time() - claims[-1].stat().st_mtime < stale:
-            yield False
-            return
     number = int(claims[-1].suffix.split("-")[1]) + 1 if claims else 0
     mine = path.with_suffix(f".claim-{number:06d}")
     try:
+        if claims and time.time() - claims[-1].stat().st_mtime < stale:
+            raise FileExistsError
         with open(mine, "x") as file:
             file.write(f"{socket.gethostname()} {os.getpid()}\n")
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # another works on it, or has just finished
         yield False
         return
     done = threading.Event()
@@ -279,32 +278,32 @@ def run_rows(task, rows, seeds, steps, folder, hours=None):
     a seed of all rows before the next. Returns the finished cells of the folder. Raises ValueError,
     before anything is trained, for a finished cell whose recipe was another."""
     folder.mkdir(parents=True, exist_ok=True)
-    ends, facts, todo = time.time() + 3600 * (hours or 1e6), None, []
-    for seed in seeds:
-        for row in rows:
-            recipe = recipe_of(row, task.recipe.profile, steps, seed)
-            path = folder / f"{row.name}_{steps}_{seed}.json"
-            todo.append((path, row, recipe))
-            if path.exists():
-                found = differing(json.loads(path.read_text()), recipe)
-                if found:
-                    raise ValueError(f"{path.name} is of a recipe with another {', '.join(found)}; "
-                                     "move it away to run the row again.")
+    ends, facts = time.time() + 3600 * (hours or 1e6), None
+    todo = [(folder / f"{row.name}_{steps}_{seed}.json", row,
+             recipe_of(row, task.recipe.profile, steps, seed)) for seed in seeds for row in rows]
+    for path, _, recipe in todo:
+        found = differing(json.loads(path.read_text()), recipe) if path.exists() else []
+        if found:
+            raise ValueError(f"{path.name} is of a recipe with another {', '.join(found)}; move it "
+                             "away to run the row again.")
     todo = [cell for cell in todo if not cell[0].exists()]
     for path, row, recipe in tqdm(todo, "cells", unit="cell"):
         left = (ends - time.time()) / 3600
         with claimed(path) as ours:
             if left <= 0 or not ours or path.exists():
                 continue
-            facts = facts or facts_of(task)
-            work = path.with_suffix(".work")
-            cell = train_cell(task, row, recipe, facts, work, left)
+            facts, work, cell = facts or facts_of(task), path.with_suffix(".work"), None
+            try:
+                cell = train_cell(task, row, recipe, facts, work, left)
+            except RuntimeError as error:  # the other rows go on
+                print(f"{row.name}, seed {recipe.seed} failed: {error}")
             if cell:
                 new = path.with_suffix(f".{os.getpid()}.new")
                 new.write_text(json.dumps(cell, sort_keys=True))
                 new.replace(path)
                 shutil.rmtree(work, ignore_errors=True)
     return finished(folder)
+
 
 # %% [markdown]
 # ## What is run here
