@@ -508,7 +508,8 @@ def curves(cells, families=("distillation, v14.3", "ours")):
             line, = axes.plot(steps, ppl.mean(0), label=name)
             axes.fill_between(steps, ppl.min(0), ppl.max(0), alpha=0.2, color=line.get_color())
         axes.set(title=family, xlabel="step", ylabel="validation PPL", yscale="log")
-        axes.legend(ncol=2)
+        if axes.lines:
+            axes.legend(ncol=2)
     return figure
 
 
@@ -527,10 +528,11 @@ def capacity(cells):
     return figure
 
 
-best = max(groups, key=lambda group: (group[0] == "ref", len(groups[group]), group[1]))
-cells, kept = list(groups[best].values()), reference[0].parent / "v18"
-drawn = {"forest": forest(results[f"{best[0]}-{best[1]}"]), "curves": curves(cells),
-         "capacity": capacity(cells)}
+best = max(groups, key=lambda group: (group[0] == "ref", len(groups[group]), group[1]),
+           default=(profile, steps))
+cells, kept = list(groups.get(best, {}).values()), reference[0].parent / "v18"
+shown = results.get(f"{best[0]}-{best[1]}", {"noise": None, "rows": []})
+drawn = {"forest": forest(shown), "curves": curves(cells), "capacity": capacity(cells)}
 if publish:  # where v19 finds them
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "effects.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -598,7 +600,7 @@ elif publish:
     export(own, reference[0])
     p = {f"ablation_p_{one['row']}": {"value": one["p_holm"], "low": one["p"],
                                       "high": one["p_holm"], "seeds": one["seeds"]}
-         for one in results[f"{best[0]}-{best[1]}"]["rows"]
+         for one in shown["rows"]
          if one["row"] in ("transfer", "alignment", "delta", "muon") and one["seeds"] >= 3}
     if best[0] == "ref" and p:
         run.headline("papermill notebooks/asnn_v18_ablations.ipynb - -p profile ref", p)

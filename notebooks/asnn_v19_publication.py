@@ -466,7 +466,7 @@ model has to use it: estimators come with nulls, and interventions show what dam
 gain has to be measured on the implementation that skips, against what a user would otherwise run.
 
 \paragraph{Related work.} SpikeGPT \citep{zhu2023} puts binary spikes behind the blocks of an RWKV
-\citep{peng2023}; SpikingBrain \citep{spikingbrain} expands integer counts into spikes before its
+\citep{peng2023}; SpikingBrain \citep{pan2025} expands integer counts into spikes before its
 products. QuEST \citep{panferov2025} gives the price of few activation levels over a hundred public
 runs, and TEAL \citep{liu2024} thresholds activations of trained models without training.
 Linear-time students of transformers start from their teacher's weights in Hedgehog
@@ -606,7 +606,7 @@ that was looked at: nothing, within its bias.
 Correlation is not use. Figure~\ref{fig:damage} shows what it costs to move spikes in time or to
 turn their signs, in all layers at once. In \Vrates a few tokens of jitter cost little in keys and
 much before the output; turned signs cost little up to a tenth, but for what feeds the
-output, and everything at a half. In
+output, and at a half everything in keys, values and what feeds the output. In
 \Vthree almost all of the damage is done in the first layer: spikes of the later layers pass every
 correlational test and hardly matter to the model. A gate of correlations alone would not have
 noticed.
@@ -623,7 +623,7 @@ one machine (\VHardware), batch one after \VContext tokens. Speeds are of networ
 weights of the full size (\VSpeedParameters parameters) and the firing rates of a trained student;
 qualities are of that small student on its own task.
 
-Against llama.cpp \citep{llamacpp}, which a user would pick, the \Int step is
+Against llama.cpp \citep{gerganov2023}, which a user would pick, the \Int step is
 \ci{\VDecodeOverLlamacppQEightSameSize}{\VDecodeOverLlamacppQEightSameSizeLow}%
 {\VDecodeOverLlamacppQEightSameSizeHigh} times as fast as \Qeight of a transformer of the same size,
 \ci{\VDecodeOverLlamacppQFourSameSize}{\VDecodeOverLlamacppQFourSameSizeLow}%
@@ -693,58 +693,57 @@ MAIN = (PREAMBLE + r"\begin{document}" + "\n" + r"\maketitle" + "".join(SECTIONS
 # Each with an identifier: arXiv's number, a DOI, or an address.
 
 # %%
-REFERENCES = [  # key, authors, title, year, identifier
-    ("bengio2013", "Yoshua Bengio and Nicholas Léonard and Aaron Courville", "Estimating or "
-     "Propagating Gradients Through Stochastic Neurons", 2013, "1308.3432"),
-    ("hinton2015", "Geoffrey Hinton and Oriol Vinyals and Jeff Dean", "Distilling the Knowledge in "
-     "a Neural Network", 2015, "1503.02531"),
-    ("peng2023", "Bo Peng and others", "RWKV: Reinventing RNNs for the Transformer Era", 2023,
-     "2305.13048"),
-    ("peng2025", "Bo Peng and others", "RWKV-7 Goose with Expressive Dynamic State Evolution", 2025,
-     "2503.14456"),
-    ("yang2024a", "Songlin Yang and others", "Gated Linear Attention Transformers with "
-     "Hardware-Efficient Training", 2023, "2312.06635"),
-    ("yang2024b", "Songlin Yang and others", "Parallelizing Linear Transformers with the Delta "
-     "Rule over Sequence Length", 2024, "2406.06484"),
-    ("li2016", "Fengfu Li and Bin Liu", "Ternary Weight Networks", 2016, "1605.04711"),
-    ("ma2024", "Shuming Ma and others", "The Era of 1-bit LLMs: All Large Language Models are in "
-     "1.58 Bits", 2024, "2402.17764"),
-    ("zhu2023", "Rui-Jie Zhu and others", "SpikeGPT: Generative Pre-trained Language Model with "
-     "Spiking Neural Networks", 2023, "2302.13939"),
-    ("spikingbrain", "Yuqi Pan and others", "SpikingBrain: Spiking Brain-inspired Large Models",
-     2025, "2509.05276"),
-    ("panferov2025", "Andrei Panferov and others", "QuEST: Stable Training of LLMs with 1-Bit "
-     "Weights and Activations", 2025, "2502.05003"),
-    ("liu2024", "James Liu and others", "Training-Free Activation Sparsity in Large Language "
-     "Models", 2024, "2408.14690"),
-    ("zhang2024", "Michael Zhang and others", "The Hedgehog and the Porcupine: Expressive Linear "
-     "Attentions with Softmax Mimicry", 2024, "2402.04347"),
-    ("goldstein2025", "Daniel Goldstein and others", "RADLADS: Rapid Attention Distillation to "
-     "Linear Attention Decoders at Scale", 2025, "2505.03005"),
-    ("kornblith2019", "Simon Kornblith and others", "Similarity of Neural Network Representations "
-     "Revisited", 2019, "1905.00414"),
-    ("nguyen2021", "Thao Nguyen and Maithra Raghu and Simon Kornblith", "Do Wide and Deep Networks "
-     "Learn the Same Things?", 2020, "2010.15327"),
-    ("song2012", "Le Song and others", "Feature Selection via Dependence Maximization", 2012,
-     "https://jmlr.org/papers/v13/song12a.html"),
-    ("barber2003", "David Barber and Felix Agakov", "The IM Algorithm: A Variational Approach to "
-     "Information Maximization", 2003, "NIPS 2003"),
-    ("holm1979", "Sture Holm", "A Simple Sequentially Rejective Multiple Test Procedure", 1979,
-     "Scandinavian Journal of Statistics 6, 65-70"),
-    ("horowitz2014", "Mark Horowitz", "Computing's Energy Problem (and What We Can Do About It)",
-     2014, "doi:10.1109/ISSCC.2014.6757323"),
-    ("jordan2024", "Keller Jordan and others", "Muon: An Optimizer for Hidden Layers", 2024,
-     "https://kellerjordan.github.io/posts/muon"),
-    ("llamacpp", "Georgi Gerganov and others", "llama.cpp", 2023,
-     "https://github.com/ggml-org/llama.cpp")]
+# Key and year, authors, title, identifier.
+REFERENCES = """\
+bengio2013 | Yoshua Bengio and Nicholas Léonard and Aaron Courville | Estimating or Propagating
+ Gradients Through Stochastic Neurons | 1308.3432
+hinton2015 | Geoffrey Hinton and Oriol Vinyals and Jeff Dean | Distilling the Knowledge in a Neural
+ Network | 1503.02531
+peng2023 | Bo Peng and others | RWKV: Reinventing RNNs for the Transformer Era | 2305.13048
+peng2025 | Bo Peng and others | RWKV-7 Goose with Expressive Dynamic State Evolution | 2503.14456
+yang2024a | Songlin Yang and others | Gated Linear Attention Transformers with Hardware-Efficient
+ Training | 2312.06635
+yang2024b | Songlin Yang and others | Parallelizing Linear Transformers with the Delta Rule over
+ Sequence Length | 2406.06484
+li2016 | Fengfu Li and Bin Liu | Ternary Weight Networks | 1605.04711
+ma2024 | Shuming Ma and others | The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits
+ | 2402.17764
+zhu2023 | Rui-Jie Zhu and others | SpikeGPT: Generative Pre-trained Language Model with Spiking
+ Neural Networks | 2302.13939
+pan2025 | Yuqi Pan and others | SpikingBrain: Spiking Brain-inspired Large Models | 2509.05276
+panferov2025 | Andrei Panferov and others | QuEST: Stable Training of LLMs with 1-Bit Weights and
+ Activations | 2502.05003
+liu2024 | James Liu and others | Training-Free Activation Sparsity in Large Language Models |
+ 2408.14690
+zhang2024 | Michael Zhang and others | The Hedgehog and the Porcupine: Expressive Linear Attentions
+ with Softmax Mimicry | 2402.04347
+goldstein2025 | Daniel Goldstein and others | RADLADS: Rapid Attention Distillation to Linear
+ Attention Decoders at Scale | 2505.03005
+kornblith2019 | Simon Kornblith and others | Similarity of Neural Network Representations Revisited
+ | 1905.00414
+nguyen2021 | Thao Nguyen and Maithra Raghu and Simon Kornblith | Do Wide and Deep Networks Learn
+ the Same Things? | 2010.15327
+song2012 | Le Song and others | Feature Selection via Dependence Maximization |
+ https://jmlr.org/papers/v13/song12a.html
+barber2003 | David Barber and Felix Agakov | The IM Algorithm: A Variational Approach to
+ Information Maximization | NIPS 2003
+holm1979 | Sture Holm | A Simple Sequentially Rejective Multiple Test Procedure | Scandinavian
+ Journal of Statistics 6, 65-70
+horowitz2014 | Mark Horowitz | Computing's Energy Problem (and What We Can Do About It) |
+ doi:10.1109/ISSCC.2014.6757323
+jordan2024 | Keller Jordan and others | Muon: An Optimizer for Hidden Layers |
+ https://kellerjordan.github.io/posts/muon
+gerganov2023 | Georgi Gerganov and others | llama.cpp | https://github.com/ggml-org/llama.cpp"""
 
 
 def bibliography():
-    """references.bib; numbers without a letter are arXiv's."""
+    """references.bib; a number alone is arXiv's."""
     entries = []
-    for key, authors, title, year, where in REFERENCES:
-        note = f"arXiv:{where}" if re.fullmatch(r"\d{4}\.\d{5}|\d{4}\.\d{4}", where) else where
+    for line in re.split(r"\n(?! )", REFERENCES):
+        key, authors, title, where = re.sub(r"\s+", " ", line).split(" | ")
+        note = f"arXiv:{where}" if re.fullmatch(r"\d{4}\.\d{4,5}", where) else where
         note = rf"\url{{{where}}}" if where.startswith("https") else note
+        year = re.sub(r"\D", "", key)
         entries.append(f"@misc{{{key},\n author = {{{authors}}},\n title = {{{{{title}}}}},\n "
                        f"year = {{{year}}},\n note = {{{note}}}\n}}\n")
     return "\n".join(entries)
@@ -858,7 +857,7 @@ files["checklist.md"] = "".join(f"- {question}: **{answer}**. {why}.\n"
 keys = ("item", "answer", "why")
 checked = pd.DataFrame(answers, columns=keys).style.hide(axis="index")
 checked = checked.format_index(str.capitalize, axis=1).to_latex(
-    hrules=True, column_format=r"lp{2.2cm}p{8.2cm}")
+    hrules=True, column_format=r"p{4.6cm}p{2.2cm}p{8.2cm}")
 (paper / "tables").mkdir(exist_ok=True)
 for name, rows in made.items():
     (paper / "tables" / f"{name}.tex").write_text(to_latex(rows))
@@ -883,7 +882,7 @@ print("numbers typed by hand:", typed_numbers(MAIN))
 print("a typed number is found:", typed_numbers(r"a gap of 1.23, \VTaxKv and $p<0.01$"))
 print("cited and not listed:", sorted(
     {key for keys in re.findall(r"\\cite[tp]?\{(.*?)\}", MAIN) for key in keys.split(",")}
-    ^ {row[0] for row in REFERENCES}))
+    ^ {*re.findall(r"(?m)^\w+", REFERENCES)}))
 print("columns at most:", max(len(rows[0]) for rows in made.values() if rows) <= 7)
 
 # %% [markdown]
