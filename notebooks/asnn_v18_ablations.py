@@ -360,13 +360,14 @@ task = asnn.load_task(recipe_of(selected[0], profile, steps, seed))
 run = asnn.Run.open("v18", f"{profile}-{steps}", {"corpus": task.corpus.hash, "steps": steps,
                                                   "teacher": task.teacher_name})
 reference = [run.folder.parent.parent / "reference" / "ablations.jsonl", shipped]
-known = [cell for place in reference[::-1] for cell in published(place)]
+known = list({key(cell): cell for place in reference[::-1] for cell in published(place)}.values())
 cells_folder = run.folder / ("again" if again else "cells")
 for name in [f"{again}_{steps}_{number}.json" for number in seeds if again]:
     (cells_folder / name).unlink(missing_ok=True)
 print(f"{len(selected)} rows, {len(seeds)} seeds, {steps} steps on {task.corpus.name}, teacher "
       f"{task.teacher_name}; {len(known)} finished cells in outputs/reference")
-own = run_rows(task, selected, seeds, steps, cells_folder, hours)
+own = [cell for cell in run_rows(task, selected, seeds, steps, cells_folder, hours)
+       if not again or (cell["row"], cell["seed"]) == (again, seed)]
 
 # %% [markdown]
 # ## What a difference is
@@ -524,7 +525,7 @@ def capacity(cells):
                       fmt="o-", label=family)
         axes.legend()
     axes.set(xlabel="parameters, million", ylabel="PPL / teacher's PPL",
-             title="capacity and gap" if len(frame) else "capacity and gap: not run yet")
+             title="capacity and gap")
     return figure
 
 
@@ -532,7 +533,9 @@ best = max(groups, key=lambda group: (group[0] == "ref", len(groups[group]), gro
            default=(profile, steps))
 cells, kept = list(groups.get(best, {}).values()), reference[0].parent / "v18"
 shown = results.get(f"{best[0]}-{best[1]}", {"noise": None, "rows": []})
-drawn = {"forest": forest(shown), "curves": curves(cells), "capacity": capacity(cells)}
+drawn = {"forest": forest(shown), "curves": curves(cells)}
+if any(cell["family"].startswith("capacity") for cell in cells):
+    drawn["capacity"] = capacity(cells)
 if publish:  # where v19 finds them
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "effects.json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

@@ -97,6 +97,9 @@ def read_sources(folder):
     ladder = {}
     for row in lines("ladder.jsonl"):
         ladder.setdefault(row["row"], []).append(row["test"]["gap"])
+    ablations = read("v18/effects.json")
+    group = max(ablations, default=None, key=lambda name: (name.startswith("ref"), len([
+        row for row in ablations[name]["rows"] if "p" in row])))  # what v18 draws, too
     return {
         "headline": read("headline.json"), "runs": {k: read(f"{v}.json") for k, v in RUNS.items()},
         "ladder": {row: {"gap": float(np.mean(gaps)), "seeds": len(gaps)}
@@ -105,7 +108,8 @@ def read_sources(folder):
         "gate": {path.stem: read(path.relative_to(folder)) for path in
                  sorted((folder / "v15").glob("*.json"))},
         "v16": read("v16.json"), "v17": read("v17/efficiency.json"),
-        "bench": read("v17/bench.json"), "ablations": read("v18/effects.json"),
+        "bench": read("v17/bench.json"), "ablations": ablations,
+        "shown": {"group": group} if group else {},
         "cells": lines("ablations.jsonl"),
         "recipes": {name: vars(recipe) for name, recipe in asnn.RECIPES.items()}}
 
@@ -180,7 +184,7 @@ FIELDS = [
     ("founders mi noise", "gate|v14.3|before|sites|0.k|founders MI noise", ".2f"),
     ("beyond teacher", "gate|v14.3|before|sites|0.k|beyond teacher", ".3f"),
     ("speed parameters", "v16|parameters", ",d"), ("hardware", "v17|hardware", "s"),
-    ("gate", "v17|gate", "s"),
+    ("gate", "v17|gate", "s"), ("ablation group", "shown|group", "s"),
     ("context", "v17|context", "d"), ("estimated joules", "v17|joules, estimated|student, "
                                       "gather_int8|idealised, with DRAM and head", ".3f"),
     ("gpt joules", "v17|joules, estimated|GPT-2, int8|idealised, with DRAM and head", ".3f")]
@@ -292,19 +296,13 @@ def tables(sources):
             "" if gate["metrics"][metric]["pass"] else " (fails)") for metric in GATES},
         "gate": gate["verdict"]} for stem, found in sources["gate"].items()
         for when in ("before", "after") for gate in [(found.get(when) or {}).get("gate")] if gate]
-    group = best_group(sources)
+    group = sources["ablations"].get(sources["shown"].get("group"), {})
     made["ablations"] = [{
         "family": row["family"], "row": row["says"], "seeds": row["seeds"],
         "log PPL [95 %] (measured)": "{effect:+.4f} [{low:+.4f}, {high:+.4f}]".format(**row)
         if "p" in row else "-", "p, Holm": f"{row['p_holm']:.2g}" if "p" in row else "-",
         "verdict": row["verdict"]} for row in group.get("rows", ())]
     return made
-
-
-def best_group(sources):
-    """The ablations to show: of the reference task where there are any."""
-    found = sources["ablations"]
-    return found[max(found, key=lambda name: (name.startswith("ref"), name))] if found else {}
 
 
 def to_latex(rows):
@@ -552,10 +550,10 @@ rows of a family. The corrected $p$ is \VAblationPTransfer for the teacher's wei
 \VAblationPDelta for the delta rule (\VAblationPDeltaSeeds) and \VAblationPMuon for Muon
 (\VAblationPMuonSeeds). A row that does not separate says ``no difference shown'', one that nobody
 ran yet says ``not run''.
-\tab{ablations}{Ablations: paired differences of log PPL over seeds. Positive: worse than the
-control.}
-\fig{forest}{Effects with intervals. Blue: a difference is shown. Grey band, where there is one:
-twice the standard deviation over seeds of a control.}
+\tab{ablations}{Ablations (profile and steps: \VAblationGroup): paired differences of log PPL over
+seeds. Positive: worse than the control.}
+\fig{forest}{Effects with intervals (\VAblationGroup). Blue: a difference is shown. Grey band, where
+there is one: twice the standard deviation over seeds of a control.}
 Figure~\ref{fig:curves} has the curves of two families, Figure~\ref{fig:capacity} the gap over the
 number of parameters, at the reference task's counterparts of the founders' four widths.
 \fig{curves}{Validation perplexity; bands reach over all seeds.}
