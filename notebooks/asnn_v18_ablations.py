@@ -498,7 +498,7 @@ def forest(found):
 
 def curves(cells, families=("distillation, v14.3", "ours")):
     """Validation perplexity by step of each row of two families, and of their controls."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.6), layout="constrained")
     for axes, family in zip(panels, families):
         controls = {cell["control"] for cell in cells if cell["family"] == family}
         for name in dict.fromkeys(cell["row"] for cell in cells
@@ -583,8 +583,8 @@ with claimed(run.folder / "probe.json") as ours, claimed(run.folder / "probe.jso
 
 # %% [markdown]
 # ## Saved artefacts and summary
-# Finished cells of all profiles but tiny go to `outputs/reference`; the p-values of four rows of
-# the reference task, from three seeds on, to its `headline.json`.
+# Finished cells of all profiles but tiny go to `outputs/reference`; the corrected p of four rows of
+# the reference task, from three seeds on, to its `headline.json` (`low` is p without correction).
 
 # %%
 if again:

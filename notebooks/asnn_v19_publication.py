@@ -310,7 +310,7 @@ def to_latex(rows):
     if not rows:
         return MISSING + "\n"
     style = pd.DataFrame(rows).style.hide(axis="index").format(escape="latex")
-    narrow = r">{\raggedleft\arraybackslash}p{1.55cm}"  # so that long heads are broken
+    narrow = r">{\raggedleft\arraybackslash}p{1.85cm}"  # so that long heads are broken
     columns = "l" + (len(rows[0]) - 1) * (narrow if len(rows[0]) > 6 else "l")
     return style.format_index(escape="latex", axis=1).to_latex(hrules=True, column_format=columns)
 
