@@ -9,7 +9,7 @@ CPU_TORCH := --no-deps --extra-index-url https://download.pytorch.org/whl/cpu
 export GOMP_SPINCOUNT ?= 20000
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test images notebooks check readme clean
+.PHONY: help env run test images notebooks check readme reproduce clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -79,6 +79,14 @@ check: env  ## say what is wrong with the .ipynb files
 
 readme: env  ## update the README's tables
 	@$(VENV_PYTHON) .ci/readme.py
+
+# papermill runs the page; on standard output is what it prints, its last lines the comparison.
+reproduce: env  ## run a row of v18 again: make reproduce ROW=control (PROFILE=cpu SEED=42 STEPS=30)
+	@notebook=$$(mktemp --suffix=.ipynb) && trap 'rm -f "$$notebook"' EXIT && \
+	$(VENV_PYTHON) -m papermill --no-progress-bar --stdout-file /dev/stdout \
+		notebooks/asnn_v18_ablations.ipynb "$$notebook" -p again $(ROW) \
+		$(if $(PROFILE),-p profile $(PROFILE)) $(if $(SEED),-p seed $(SEED)) \
+		$(if $(STEPS),-p steps $(STEPS)) 2>/dev/null
 
 clean:  ## remove the environment and all caches, but no outputs
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -4924,6 +4924,15 @@ COLOURS = {"blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermilli
            "purple": "#CC79A7", "sky": "#56B4E9", "black": "#000000", "grey": "#777777"}
 
 
+def _commit() -> str:
+    """The commit of the code, or its version where there is no git."""
+    found = ""
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                               cwd=Path(__file__).parent).stdout.strip()
+    return found or f"asnn_common {__version__}"
+
+
 def environment() -> dict[str, Any]:
     """The hardware and versions that a measurement belongs to; `hardware` says it in a line."""
     cpu, threads = _cpu_facts().get("model name") or platform.processor(), torch.get_num_threads()
@@ -4933,6 +4942,7 @@ def environment() -> dict[str, Any]:
     there = next(path for path in (outputs, *outputs.parents) if path.exists())
     text = f"{cpu}, {threads} thread" + "s" * (threads != 1)
     return {"platform": _platform(), "cpu": cpu, "cores": os.cpu_count(), "threads": threads,
+            "commit": _commit(),
             "gpus": gpus, "python": platform.python_version(), "asnn_common": __version__,
             "versions": {package: importlib.metadata.version(package) for package in (
                 "torch", "transformers", "datasets", "accelerate", "numpy")},
@@ -5050,12 +5060,9 @@ class Run:
     def headline(self, command: str, found: dict[str, dict[str, float]]) -> None:
         """Puts what the project claims, {name: {"value", "low", "high", "seeds"}}, into
         reference/headline.json beside the runs, with hardware, `command` and commit or version."""
-        path, commit = self.folder.parent.parent / "reference" / "headline.json", ""
-        with contextlib.suppress(OSError):  # no git here
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                    cwd=Path(__file__).parent).stdout.strip()
-        about = {"hardware": environment()["hardware"], "command": command,
-                 "commit": commit or f"asnn_common {__version__}"}
+        path = self.folder.parent.parent / "reference" / "headline.json"
+        env = environment()
+        about = {"hardware": env["hardware"], "command": command, "commit": env["commit"]}
         known = _read_json(path) if path.is_file() else {}
         known |= {name: {**row, **about} for name, row in found.items()}
         if self.main:

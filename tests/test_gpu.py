@@ -20,7 +20,8 @@ pytestmark = pytest.mark.gpu
 HALF = asnn._select_precision(torch.device("cuda"))[0]  # of this card
 PAGES = {"asnn_v14_3_distill": {}, "asnn_v14_4_transfer": {"tax_seeds": 1, "tax_steps": 2},
          "asnn_v15_spikingbrain": {"tokens": 2048, "damage_windows": 2, "remedy": True},
-         "asnn_v16_sparse": {}, "asnn_v17_bench": {"device_name": "cuda"}}  # other parameters
+         "asnn_v16_sparse": {}, "asnn_v17_bench": {"device_name": "cuda"},
+         "asnn_v18_ablations": {"seeds": 1}}  # other parameters
 
 
 @pytest.fixture

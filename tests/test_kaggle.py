@@ -21,7 +21,7 @@ def page_of(metadata):
 
 def test_every_page_has_metadata_that_kaggle_takes():
     pages = {path.stem for path in (ROOT / "notebooks").glob("asnn_*.py")}
-    assert {page_of(metadata) for metadata in METADATA.values()} == pages and len(METADATA) == 5
+    assert {page_of(metadata) for metadata in METADATA.values()} == pages and len(METADATA) == 7
     for name, metadata in METADATA.items():
         assert (FOLDER / name / metadata["code_file"]).resolve().is_file()
         # Kaggle makes the address of the title: small letters, a dash for each space.
@@ -29,7 +29,7 @@ def test_every_page_has_metadata_that_kaggle_takes():
         assert metadata["id"].endswith(page_of(metadata).replace("_", "-"))
         assert (metadata["language"], metadata["kernel_type"]) == ("python", "notebook")
         assert metadata["is_private"] and metadata["dataset_sources"] == ["OWNER/asnn-goose"]
-        gpu = name in ("v14_3", "v14_4", "v15")
+        gpu = name in ("v14_3", "v14_4", "v15", "v18")
         assert metadata["enable_gpu"] == gpu
         assert metadata.get("machine_shape") == ("NvidiaTeslaT4" if gpu else None)
     dataset = json.loads((FOLDER / "dataset-metadata.json").read_text())
@@ -40,7 +40,8 @@ def test_every_page_has_metadata_that_kaggle_takes():
 def test_the_sources_chain_the_pages():
     ids = [METADATA[name]["id"] for name in ("v14_4", "v15", "v16")]
     sources = {name: metadata["kernel_sources"] for name, metadata in METADATA.items()}
-    assert sources == {"v14_3": [], "v14_4": [], "v15": ids[:1], "v16": ids[:2], "v17": ids}
+    assert sources == {"v14_3": [], "v14_4": [], "v15": ids[:1], "v16": ids[:2], "v17": ids,
+                       "v18": [], "v19": []}
 
 
 def digest(folder):

@@ -204,5 +204,5 @@ def test_parameters_are_documented():
         cell = cell_of(page.read_text(), "parameters")
         names |= {target.id for line in ast.parse(cell).body for target in line.targets}
         bare = [line for line in cell.splitlines() if "#" not in line and line.strip()]
-        assert bare == ["seed = 42"], page.stem
+        assert bare in (["seed = 42"], []), page.stem
     assert names == told
