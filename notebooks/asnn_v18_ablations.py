@@ -546,6 +546,36 @@ for name, figure in drawn.items():
     run.show(figure, name)
 
 # %% [markdown]
+# ## What a step costs
+# Training steps of recipes in turns, forward, backward and optimiser. A ratio is that to v14.4 in
+# the same round; on the reference task v14.5's goes to `headline.json`.
+
+# %%
+def step_costs(task, names, rounds, steps=4):
+    """{recipe: seconds of a step in each round}, over the first steps after the alignment."""
+    seconds = {name: [] for name in names}
+    for name in list(names) * rounds:
+        recipe = asnn.get_recipe(name, task.recipe.profile, corpus=task.recipe.corpus,
+                                 align_steps=0, eval_every=10**6, distill_steps=60)
+        _, result = asnn.distil(task, recipe, description=name, max_steps=steps)
+        seconds[name].append(result.seconds / result.step)
+    return seconds
+
+
+if not again:
+    costs = step_costs(task, ("v14.4", "v14.4-rates", "v14.5"), 1 if profile == "tiny" else 5)
+    ratios = {name: np.quantile(np.divide(found, costs["v14.4"]), (0.5, 0.25, 0.75))
+              for name, found in costs.items()}
+    asnn.show_table([{
+        "recipe": name, "ms a step, median": f"{1e3 * np.median(costs[name]):.0f}",
+        "times v14.4's, quartiles (measured)": "{:.2f} ({:.2f} to {:.2f})".format(*found),
+        "rounds": len(costs[name])} for name, found in ratios.items()])
+    if profile == "ref":
+        run.headline("papermill notebooks/asnn_v18_ablations.ipynb - -p profile ref", {
+            "train_step_over_v14_4": {**dict(zip(("value", "low", "high"), map(
+                float, ratios["v14.5"]))), "seeds": 1}})
+
+# %% [markdown]
 # ## The plan for a T4
 # Hours of each row with one seed at the published size: an estimate, by operations per token, from
 # 7,800 tokens/s for 77M parameters (a T4's roofline).

@@ -216,6 +216,19 @@ def test_the_row_without_a_kill_switch_has_none(page, task, small_recipe):
     assert seen == [math.inf] and asnn.Distiller.FDD_REGRESSION == 0.10
 
 
+def test_steps_are_timed_in_turns(page, small_task, monkeypatch):
+    seen, task = [], small_task("v14.4")
+    real = asnn.distil
+    monkeypatch.setattr(asnn, "distil", lambda *args, **more: seen.append(args[1]) or real(
+        *args, **more))
+    monkeypatch.setattr(asnn, "get_recipe", lambda name, profile, **more: task.recipe.replace(
+        name=name, **more))
+    costs = page.step_costs(task, ("v14.4", "v14.5"), 2, steps=2)
+    assert [recipe.name for recipe in seen] == ["v14.4", "v14.5"] * 2
+    assert all(recipe.align_steps == 0 for recipe in seen) and list(costs) == ["v14.4", "v14.5"]
+    assert all(len(found) == 2 and min(found) > 0 for found in costs.values())
+
+
 def test_exported_cells_are_merged_by_key(page, tmp_path):
     place = tmp_path / "reference" / "ablations.jsonl"
     assert page.published(place) == []
