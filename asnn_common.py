@@ -5158,7 +5158,8 @@ corpus apply to the weights as well.
 def _model_card(m: dict[str, Any]) -> str:
     """README.md of a saved student, from its run's metrics; the header names what the hub has."""
     test, teacher, corpus = m["student"]["test"], m["teacher"]["name"], m["corpus"]["name"]
-    ours = "trained_steps" in m["teacher"] or teacher == "untrained-goose"
+    free = "trained_steps" in m["teacher"] or teacher == "untrained-goose" or re.fullmatch(
+        r"(openai-community/)?gpt2(-medium|-large|-xl)?", teacher)  # ours, or under the MIT licence
     on_hub = "/" in teacher or re.fullmatch(r"(distil)?gpt2(-medium|-large|-xl)?", teacher)
     title, hashed = f"ASNN-Goose {m['version']}, run {m['run']}", m["corpus"]["hash"]
     values = {"perplexity": test["ppl"], "bits_per_byte": test["bits_per_byte"],
@@ -5167,7 +5168,7 @@ def _model_card(m: dict[str, Any]) -> str:
         "text-generation", WIKITEXT.get(corpus, corpus), f"{corpus} ({hashed})", kind,
         round(value, 6), dataset_split="test") for kind, value in values.items() if value]
     header = huggingface_hub.ModelCardData(
-        license="mit" if ours or on_hub else "other", base_model=teacher if on_hub else None,
+        license="mit" if free else "other", base_model=teacher if on_hub else None,
         datasets=["Salesforce/wikitext"] if corpus in WIKITEXT else None, model_name=title,
         library_name="transformers", pipeline_tag="text-generation", eval_results=results,
         tags=["spiking", "ternary", "rwkv", "distillation"])

@@ -108,7 +108,7 @@ def test_the_index_lists_each_training_once_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("teacher, licence, base", [
-    ("gpt2", "mit", "gpt2"), ("one/llama", "mit", "one/llama"), ("my-folder", "other", None)])
+    ("gpt2", "mit", "gpt2"), ("one/llama", "other", "one/llama"), ("my-folder", "other", None)])
 def test_a_model_card_has_the_results_and_names_only_what_the_hub_has(teacher, licence, base):
     card = asnn._model_card(metrics(teacher=teacher))
     assert f"license: {licence}" in card and ("base_model:" in card) == (base is not None)
