@@ -25,7 +25,7 @@ def committed(folder):
     ("the module", [MODULE], 5318), ("pages", (ROOT / "notebooks").glob("*v1[4-7]*.py"), 2861),
     ("v18", (ROOT / "notebooks").glob("*v18*.py"), 643),
     ("v19", (ROOT / "notebooks").glob("*v19*.py"), 891),
-    (".ci", committed(".ci"), 355), ("the tests", (ROOT / "tests").glob("*.py"), 8888),
+    (".ci", committed(".ci"), 356), ("the tests", (ROOT / "tests").glob("*.py"), 8888),
     ("the README", [ROOT / "README.md"], 200)])
 def test_length(what, paths, limit):
     assert 0 < len(lines_of(*paths)) <= limit, what
