@@ -30,14 +30,14 @@ def recipe(name="v14.3", profile="tiny", **fields):
 # ---- one table: the call, and its sentence
 
 NAMES = [
-    (lambda: recipe("v99"), r"recipe is 'v99'; allowed: v4, v6, .*v14\.4-t4\."),
+    (lambda: recipe("v99"), r"recipe is 'v99'; allowed: v4, v6, .*v14\.5-smollm2-t4\."),
     (lambda: recipe(profile="huge"), r"profile is 'huge'; allowed: tiny, cpu, ref, t4\."),
     (lambda: recipe(learning_rate=1e-3),
      r"field of a recipe is \['learning_rate'\]; allowed: .*\blr\b.*\."),
     (lambda: asnn.GooseConfig(thresholds="mixed"),
      r"field of GooseConfig is \['thresholds'\]; allowed: .*threshold.*\."),
-    (lambda: asnn.load_task(recipe(corpus="wikitext")), r"corpus is 'wikitext'; allowed: pydocs, "
-     r"wikitext-2, wikitext-103, ref, or a folder that exists\."),
+    (lambda: asnn.load_task(recipe(corpus="wikitext")), r"corpus is 'wikitext'; allowed: pydocs, wik"
+     r"itext-2, wikitext-103, ref, mix:NAME=share,NAME=share of these, or a folder that exists\."),
     (lambda: asnn.load_task(recipe(corpus="ref")),
      r"ASNN_REF is None; allowed: the folder with corpus/ and teacher/\."),
     (lambda: asnn.Run.open("v1", "a/b", {}), r"run_name is 'a/b'; allowed: at most 100 .+"),
