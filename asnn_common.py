@@ -2032,9 +2032,9 @@ class _Validation(NamedTuple):
                 return limit - value
             return min(value - limit, value - null if row[f"{name} p"] <= 0.05 else -1.0)
         metrics = {}
-        for place, name in enumerate(list(GATE)[:5]):
+        for name in list(GATE)[:5]:
             margins = {site: margin(row, name, row[name]) for site, row in self.sites.items()
-                       if place < 3 or not site.endswith(".2")}
+                       if f"{name} null" not in row or not site.endswith(".2")}
             if not margins:
                 continue
             row = self.sites[worst := min(margins, key=margins.get)]
@@ -2678,15 +2678,9 @@ def _load_corpus(name: str, max_chars: int | None = None) -> _Corpus:
     folder = _reference_task() / "corpus" if name == "ref" else Path(name).expanduser()
     _require(name == "ref" or folder.is_dir(), "corpus", name, f"pydocs, {', '.join(WIKITEXT)}, "
              "ref, mix:NAME=share,NAME=share of these, or a folder that exists")
-    files = _split_files(folder)
-    if not files or all((folder / f"{split}.txt").is_file() for split in SPLITS):
+    if not _split_files(folder) or all((folder / f"{split}.txt").is_file() for split in SPLITS):
         return _Corpus.read(Path(name).name, folder)
-    try:
-        texts = {split: _read_split(paths) for split, paths in files.items()}
-    except Exception as error:  # of a table: the reader raises a dozen unrelated types
-        raise ValueError(f"corpus {folder} cannot be read: {_first_line(error)}; tables need a "
-                         "column text, text files UTF-8.") from error
-    return _made_corpus(folder.name, texts)
+    return _made_corpus(folder.name, _read_splits(folder, "corpus"))
 
 
 def _made_corpus(name: str, texts: dict[str, str]) -> _Corpus:
@@ -2742,6 +2736,15 @@ def _read_split(files: list[Path]) -> str:
         else:
             parts.append(path.read_text(encoding="utf-8"))
     return "".join(parts)
+
+
+def _read_splits(folder: Path, what: str) -> dict[str, str]:
+    """{split: text} of a folder; ValueError, which begins with `what`, for one out of order."""
+    try:
+        return {split: _read_split(files) for split, files in _split_files(folder).items()}
+    except Exception as error:  # the readers of tables raise a dozen unrelated types
+        raise ValueError(f"{what} {folder} cannot be read: {_first_line(error)}; tables need a "
+                         "column text, text files UTF-8.") from error
 
 
 # The string that opens a file or follows a line ending in a colon. Parsing 9,600 files properly
@@ -2811,19 +2814,16 @@ def _wikitext(name: str) -> _Corpus:
     known = rf"(.*/)?wikitext-?{size}(-raw)?(-raw-v1|-data)?(/data)?"
     attached = next(_attached(lambda path: bool(
         re.fullmatch(known, path.as_posix()) and _split_files(path))), None)
-    try:
-        if attached:
-            texts = {split: _read_split(paths) for split, paths in _split_files(attached).items()}
-        else:
+    if attached:
+        texts = _read_splits(attached, "attached corpus")
+    else:
+        try:
             import datasets
             data = datasets.load_dataset("Salesforce/wikitext", config)
             texts = {split: "".join(data[split]["text"]) for split in SPLITS}
-    except Exception as error:  # the hub client raises a dozen unrelated types without a network
-        if attached:
-            raise ValueError(f"attached corpus {attached} cannot be read: "
-                             f"{_first_line(error)}") from error
-        near = _attached(lambda path: "wikitext" in path.as_posix() and any(path.glob("*.*")))
-        raise _HubUnavailable(name, error, next(near, None)) from error
+        except Exception as error:  # the hub client raises a dozen unrelated types, no network
+            near = _attached(lambda path: "wikitext" in path.as_posix() and any(path.glob("*.*")))
+            raise _HubUnavailable(name, error, next(near, None)) from error
     tokenised = texts["train"].count("<unk>") > len(texts["train"]) // 5000  # 1 word of 1,000
     _require(not tokenised, f"corpus {attached}", "tokenised, with <unk>", "the raw variant")
     return _Corpus.read(name, folder, {split: texts[split] for split in SPLITS})
@@ -2935,14 +2935,14 @@ def _load_teacher(spec: str) -> tuple[nn.Module, Any, str]:
         short, spec = re.escape(spec.lower()), known.hub
         *owner, last = (re.escape(part) for part in spec.lower().split("/")[-2:])
         below = r"transformers|pytorch|default|snapshots|main"
-        known = (rf"(.*/)?(models--)?(({''.join(owner) or 'openai-community'})--)?"
+        names = (rf"(.*/)?(models--)?(({''.join(owner) or 'openai-community'})--)?"
                  rf"({last}|{short})(-pytorch)?(/({below}|\d+|[0-9a-f]{{7,40}}))*")
 
         def holds_a_model(path: Path) -> bool:
             return (path / "config.json").is_file() and any(
                 file.suffix in (".safetensors", ".bin") for file in path.glob("*model*"))
 
-        source = next(_attached(lambda path: bool(re.fullmatch(known, path.as_posix().lower()))
+        source = next(_attached(lambda path: bool(re.fullmatch(names, path.as_posix().lower()))
                                 and holds_a_model(path)), spec)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
